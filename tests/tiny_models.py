@@ -178,7 +178,7 @@ _OPT = {**_SHAPE, "ffn_dim": D_MLP, "word_embed_proj_dim": D_MODEL}
 _FALCON = {**_SHAPE, "ffn_hidden_size": D_MLP}
 _BLOOM = {"hidden_size": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS}
 _GEMMA_STD = 0.65 * _Recipe.embed_std  # embeddings enter a Gemma multiplied by sqrt(d_model); wider ones drown the blocks
-_SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}
+_SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 12.0}
 _GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 
 
