@@ -1,0 +1,63 @@
+# make app     set up .venv once, then start the workbench in the browser
+# make test    set up .venv once, then every check: ruff, mypy, pytest
+# make lint    only the checks that run no code
+# make format  let ruff rewrite what it can
+# make clean   remove what the above made
+#
+# PYTHON=python3.12      which Python makes .venv (3.10 or newer)
+# TORCH_INDEX=<url>      where torch comes from, such as https://download.pytorch.org/whl/cpu for the small build without CUDA
+# WORKERS=4              processes for pytest; ARGS="-k rome" adds to its command line
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check install --quiet --constraint constraints.txt
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help app test lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+# torch goes first, on its own: a CPU build that pip finds is then kept, and nothing later asks for a CUDA one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "make: '$(PYTHON)' is not Python 3.10 or newer. Name one that is: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "make: '$(PYTHON)' cannot make virtual environments. Install its venv module first (on Debian: apt install python3-venv)."; exit 1; }
+	@echo "Setting up $(VENV). The first time takes some minutes; later only when pyproject.toml or constraints.txt change."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+app: $(STAMP)
+	$(BIN)/python -m streamlit run streamlit_app.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread a process: pytest has the processes. The tests never ask a model hub.
+test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS ?= 1
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
