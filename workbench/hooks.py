@@ -1,0 +1,282 @@
+"""Reads and writes activations of an untouched Hugging Face model. The only file that registers a hook.
+
+1. The first time a model is used, one tap is installed at every site of every block, once and for all.
+2. `run` and `patched` put a plan (what to read, what to write) into a `ContextVar` and call the model.
+3. A tap looks whether a plan of this thread names its site; without one it does nothing.
+
+So threads that share a model do not see each other's plans, and nothing has to be taken off again after an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.models import LM, Tokens
+from workbench.sites import KINDS, Site, SiteError, SiteKind
+
+Write = Tensor | Callable[[Tensor], Tensor]
+"""What is put at a site: a tensor that broadcasts to (batch, pos, width), or a function of what is there."""
+
+_Place = tuple[int, SiteKind]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activations:
+    """What `run` read."""
+
+    tokens: Tokens
+    """The prompts that were run."""
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    """The model's output at every position, padding included."""
+
+    sites: Mapping[Site, Tensor]
+    """One tensor for each site asked for: (batch, pos, width), or (batch, width) where the site names a token."""
+
+    def __getitem__(self, site: Site | str) -> Tensor:
+        """The activation at a site, given as `Site` or as its text, e.g. `acts["L3.mlp_out"]`."""
+        site = Site.parse(site) if isinstance(site, str) else site
+        if site not in self.sites:
+            raise SiteError(f"{site} was not read. Name it in run(..., read=...); read were {', '.join(map(str, self.sites))}.")
+        return self.sites[site]
+
+    @property
+    def last_logits(self) -> Float[Tensor, "batch d_vocab"]:
+        """The logits at each prompt's last token."""
+        return self.logits[torch.arange(len(self.tokens), device=self.logits.device), self.tokens.last]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    owner: int
+    """Which model the plan is for: the id of its hooks, so that a deep copy does not answer to it."""
+
+    writes: Mapping[_Place, Sequence[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    reads: frozenset[_Place] = frozenset()
+    found: dict[_Place, Tensor] = field(default_factory=dict)
+
+
+_plans: ContextVar[tuple[_Plan, ...]] = ContextVar("workbench_plans", default=())
+
+
+def run(
+    lm: LM,
+    tokens: Tokens,
+    *,
+    read: Sequence[Site | SiteKind | str] = (),
+    write: Mapping[Site, Write] | None = None,
+    grad: bool = False,
+) -> Activations:
+    """One forward pass that reads some sites and writes others. Reads see what was written.
+
+    Args:
+        lm: the model.
+        tokens: the prompts.
+        read: sites, their text, or kinds (a kind stands for all of its layers).
+        write: what is put where; where the site names a token, only that token of each row is changed.
+        grad: keep the graph, for gradients; otherwise nothing is recorded for backward.
+
+    Raises:
+        SiteError: a site that this model does not have, or a tensor of the wrong width.
+        ModelError: `resid_mid` in a parallel block.
+    """
+    sites = [site for entry in read for site in _expand(lm, entry)]
+    for site in sites:
+        _check(lm, site)
+    plan = _Plan(
+        owner=_owner(lm),
+        writes=_writers(lm, write or {}, tokens),
+        reads=frozenset((site.layer, site.kind) for site in sites),
+    )
+    inputs: dict[str, Any] = {"input_ids": tokens.ids, "attention_mask": tokens.mask.long(), "use_cache": False}
+    if lm.takes_positions:
+        inputs["position_ids"] = tokens.positions
+    reset = _plans.set((*_plans.get(), plan))
+    try:
+        with torch.enable_grad() if grad else torch.no_grad():
+            logits = lm.model(**inputs).logits
+    finally:
+        _plans.reset(reset)
+    return Activations(
+        tokens=tokens, logits=logits, sites={site: _pick(lm, tokens, site, plan.found[site.layer, site.kind]) for site in sites}
+    )
+
+
+@contextmanager
+def patched(lm: LM, write: Mapping[Site, Write], tokens: Tokens | None = None) -> Iterator[None]:
+    """Within, every forward pass of this thread through the model has `write` applied; `generate` and nested runs too.
+
+    Args:
+        lm: the model.
+        write: as in `run`. Sites that name a token need `tokens`, and then inputs of the same shape.
+        tokens: the prompts whose positions the sites name.
+    """
+    plan = _Plan(owner=_owner(lm), writes=_writers(lm, write, tokens))
+    reset = _plans.set((*_plans.get(), plan))
+    try:
+        yield
+    finally:
+        _plans.reset(reset)
+
+
+# --- plans ---
+
+
+def _expand(lm: LM, entry: Site | SiteKind | str) -> tuple[Site, ...]:
+    if isinstance(entry, Site):
+        return (entry,)
+    if entry in KINDS:
+        return lm.sites(entry)  # type: ignore[arg-type]  # mypy does not narrow by membership
+    return (Site.parse(entry),)
+
+
+def _check(lm: LM, site: Site) -> None:
+    """Raises where the model does not have the site."""
+    if site.layer >= lm.n_layers:
+        raise SiteError(f"{site} does not exist: {lm.name} has layers 0 to {lm.n_layers - 1}.")
+    if site.head is not None and site.head >= lm.n_heads:
+        raise SiteError(f"{site} does not exist: {lm.name} has heads 0 to {lm.n_heads - 1}.")
+    lm.sites(site.kind)
+
+
+def _writers(
+    lm: LM, write: Mapping[Site, Write], tokens: Tokens | None
+) -> dict[_Place, list[Callable[[Tensor], Tensor]]]:
+    """One function per write, grouped by place; several writes to one place apply in the order given."""
+    places: dict[_Place, list[Callable[[Tensor], Tensor]]] = {}
+    for site, value in write.items():
+        _check(lm, site)
+        if site.token is not None and tokens is None:
+            raise SiteError(f"{site} names a token, so the prompts are needed to find it. Give tokens=.")
+        where = None if site.token is None or tokens is None else tokens.at(site.token)[..., None]
+        places.setdefault((site.layer, site.kind), []).append(partial(_apply, lm, site, value, where))
+    return places
+
+
+def _apply(lm: LM, site: Site, value: Write, where: Tensor | None, x: Tensor) -> Tensor:
+    """`x` with `value` at the site's tokens and head."""
+    columns = _columns(lm, site, x.shape[-1])
+    here = x[..., columns]
+    new = value(here) if callable(value) else value.to(x)
+    try:
+        new = new.expand_as(here)
+        here = new if where is None else torch.where(where, new, here)
+    except RuntimeError as error:
+        raise SiteError(
+            f"A tensor of shape {tuple(new.shape)} cannot be written to {site}, expected one that broadcasts to {tuple(here.shape)}."
+        ) from error
+    if site.head is None:
+        return here
+    x = x.clone()
+    x[..., columns] = here
+    return x
+
+
+def _columns(lm: LM, site: Site, width: int) -> slice:
+    if site.head is None:
+        return slice(None)
+    d_head = width // lm.n_heads
+    return slice(site.head * d_head, (site.head + 1) * d_head)
+
+
+def _pick(lm: LM, tokens: Tokens, site: Site, x: Tensor) -> Tensor:
+    """What was asked for of a whole activation: its head, its token."""
+    x = x[..., _columns(lm, site, x.shape[-1])]
+    if site.token is None:
+        return x
+    where = tokens.at(site.token)
+    if not bool((where.sum(1) == 1).all()):
+        raise SiteError(f"{site} is not exactly one token in every row. Read the whole site and use tokens.at({site.token!r}).")
+    return x[where]
+
+
+# --- taps ---
+
+
+class _Tap:
+    """A hook at one site. A deep copy of the model, and a pickled one, get a tap that does nothing."""
+
+    def __init__(self, owner: int, place: _Place, *, before: bool) -> None:
+        self.owner, self.place, self.before = owner, place, before
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> str:
+        return "_inert"
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        plans = [plan for plan in _plans.get() if plan.owner == self.owner]
+        if not any(self.place in plan.writes or self.place in plan.reads for plan in plans):
+            return None
+        key = None if not self.before or args else _hidden_key(kwargs)
+        whole = output if not self.before else kwargs if key else args
+        x: Tensor = whole[key] if key else whole[0] if isinstance(whole, tuple) else whole
+        new = x
+        for plan in plans:
+            for writer in plan.writes.get(self.place, ()):
+                new = writer(new)
+            if self.place in plan.reads:
+                plan.found[self.place] = new
+        if new is x:
+            return None
+        if key:
+            return args, {**kwargs, key: new}
+        replaced = (new, *whole[1:]) if isinstance(whole, tuple) else new
+        return (replaced, kwargs) if self.before else replaced
+
+
+def _inert(*_: object) -> None:
+    """Stands in for a tap in copies of a model."""
+
+
+def _hidden_key(kwargs: Mapping[str, Any]) -> str:
+    """The keyword under which a module gets its input, where it gets it by keyword."""
+    return next(key for key in ("hidden_states", "input", "x", *kwargs) if isinstance(kwargs.get(key), Tensor))
+
+
+_owners: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_installing = threading.Lock()
+
+
+def _owner(lm: LM) -> int:
+    """The id of the taps in this model, installed now if they are not yet."""
+    with _installing:
+        if lm.model not in _owners:
+            owner = max(_owners.values(), default=0) + 1
+            _install(lm, owner)
+            _owners[lm.model] = owner
+        return _owners[lm.model]
+
+
+def _install(lm: LM, owner: int) -> None:
+    layout = lm.layout
+
+    def tap(module: nn.Module, layer: int, kind: SiteKind, *, before: bool) -> None:
+        hook = _Tap(owner, (layer, kind), before=before)
+        if before:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            module.register_forward_hook(hook, with_kwargs=True)
+
+    tap(lm.embed, 0, "embed", before=False)
+    for layer, block in enumerate(lm.blocks):
+        tap(block, layer, "resid_pre", before=True)
+        tap(block, layer, "resid_post", before=False)
+        tap(lm.part(layer, layout.attn_out), layer, "attn_out", before=False)
+        tap(lm.part(layer, layout.mlp_out), layer, "mlp_out", before=False)
+        tap(lm.part(layer, layout.o_proj), layer, "z", before=True)
+        tap(lm.part(layer, layout.down_proj), layer, "mlp_post", before=True)
+        if layout.mid_norm is not None:
+            tap(lm.part(layer, layout.mid_norm), layer, "resid_mid", before=True)

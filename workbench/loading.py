@@ -1,0 +1,168 @@
+"""Loads a model by bundled name, local folder or hub name, and says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from workbench import zoo
+from workbench.layouts import ModelError, layout_for
+from workbench.models import LM
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    bos: bool | None = None,
+) -> LM:
+    """Loads a causal language model with its tokenizer.
+
+    Args:
+        name: a bundled model (`workbench.zoo.NAMES`), a folder written by `save_pretrained`, or a hub name.
+        device: `auto` (cuda, then mps, then cpu), or a torch device.
+        dtype: `float32` (the default: traces are exact), `float16`, `bfloat16`, `float64`, or `auto` for the checkpoint's own.
+        device_map: handed to transformers, to spread a large model; replaces `device`.
+        revision: branch, tag or commit on the hub.
+        token: hub token for gated models.
+        trust_remote_code: run model code that comes with the checkpoint. Off unless you say so.
+        allow_pickle: accept `.bin` weights, which can run code when they are read. Off: safetensors only.
+        bos: see `LM`.
+
+    Raises:
+        ModelError: unknown name, a folder without model, an unknown family, too little memory.
+    """
+    where = _locate(str(name))
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ModelError(f"Unknown dtype {dtype!r}. Use auto, {', '.join(_DTYPES)}.")
+    place = _pick_device(device)
+    hub: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(where, **hub)
+    except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(_why_not(str(name), where, error)) from error
+    layout_for(config)
+    if os.path.isdir(where):
+        _check_folder(Path(where), allow_pickle=allow_pickle)
+        if device_map is None:
+            _check_memory(Path(where), str(name), place, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **hub)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype="auto" if dtype == "auto" else _DTYPES[dtype],
+            device_map=device_map,
+            use_safetensors=None if allow_pickle else True,
+            **hub,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as error:
+        raise ModelError(_why_not(str(name), where, error)) from error
+    if device_map is None:
+        model = model.to(place)
+    return LM(model, tokenizer, name=str(name), bos=bos)
+
+
+def _locate(name: str) -> str:
+    """The folder of a bundled model, an existing folder, or the name for the hub."""
+    if not name.strip():
+        raise ModelError(f"The model's name is empty. Use a bundled one ({', '.join(zoo.NAMES)}), a folder or a hub name.")
+    if name in zoo.NAMES:
+        return str(zoo.folder(name))
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(f"{name!r} is a file, expected the folder that holds config.json and the weights.")
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"There is no folder {name!r}. Check the path, or use a bundled model ({', '.join(zoo.NAMES)}).")
+    return name
+
+
+def _check_folder(folder: Path, *, allow_pickle: bool) -> None:
+    """Raises ModelError where a folder lacks weights that may be read, before anything is read."""
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")):
+        if allow_pickle:
+            return
+        raise ModelError(
+            f"{str(folder)!r} holds its weights as pickle (.bin) only, which can run code when it is read. "
+            "Convert it to safetensors, or allow pickle if you trust it."
+        )
+    raise ModelError(f"{str(folder)!r} holds no weights, expected *.safetensors beside config.json. Choose another folder.")
+
+
+def _check_memory(folder: Path, name: str, device: torch.device, dtype: str) -> None:
+    """Raises ModelError where the weights will not fit, by the tensors' sizes in the files' headers."""
+    wanted = None if dtype == "auto" else _DTYPES[dtype].itemsize
+    need = 0
+    for file in folder.glob("*.safetensors"):
+        for begin, end, itemsize in _tensor_ranges(file):
+            need += (end - begin) * (wanted or itemsize) // itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if need > free:
+        raise ModelError(
+            f"{name} needs {need / 2**30:.1f} GiB for its weights in {dtype}, and {free / 2**30:.1f} GiB are free on {device}. "
+            "Use a smaller dtype (bfloat16), a device_map, or a smaller model."
+        )
+
+
+def _tensor_ranges(file: Path) -> list[tuple[int, int, int]]:
+    """Begin, end and bytes per number of every tensor in a safetensors file, from its header alone."""
+    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > 100_000_000:
+            raise ModelError(f"{str(file)!r} is no safetensors file: its header would be {length} bytes long.")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ModelError(f"{str(file)!r} is no safetensors file: its header cannot be read.") from error
+    return [
+        (*entry["data_offsets"], sizes.get(entry["dtype"], 1)) for key, entry in header.items() if key != "__metadata__"
+    ]
+
+
+def _pick_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"Unknown device {device!r}. Use auto, cpu, cuda, cuda:1 or mps.") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"The device {device!r} was asked for, but torch sees no GPU here. Use cpu or auto.")
+    return place
+
+
+def _why_not(name: str, where: str, error: Exception) -> str:
+    """One sentence for what transformers says in many."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if os.path.isdir(where):
+        if not (Path(where) / "config.json").is_file():
+            return f"{name!r} holds no config.json, expected a folder written by save_pretrained. Choose another folder."
+        return f"{name!r} cannot be loaded: {reason}"
+    return (
+        f"{name!r} is neither a bundled model ({', '.join(zoo.NAMES)}) nor a folder, and the hub did not give it: {reason} "
+        "Check the spelling, the network, and a token for a gated model."
+    )

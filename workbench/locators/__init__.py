@@ -1,0 +1,13 @@
+"""Locating methods, one file each. `all_locators()` finds them; a new file needs no entry."""
+
+from __future__ import annotations
+
+from workbench.locators.base import Locator, locate
+from workbench.registry import discover
+
+__all__ = ["Locator", "all_locators", "locate"]
+
+
+def all_locators() -> dict[str, type[Locator]]:
+    """Every locator of this folder, by class name."""
+    return discover("workbench.locators", Locator)  # type: ignore[type-abstract]  # the base is only compared with

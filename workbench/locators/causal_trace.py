@@ -1,0 +1,293 @@
+"""Causal tracing: which states, restored to their clean values, bring a corrupted fact back? (Meng et al. 2022, arXiv 2202.05262)
+
+1. Clean run of the prompt: the answer, its score, and every activation.
+2. Corrupted run: noise on the subject's token embeddings (or another subject of equal length), several samples: a low score.
+3. For every token and layer: the corrupted run with that one output restored. What the score gains is the cell's indirect effect.
+
+Three maps: the state after each block alone (`resid_post`), and the MLP's and attention's outputs in a window of layers, since
+one MLP or attention output alone restores next to nothing in a deep model (App. B.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench import metrics
+from workbench.facts import Fact, FactError
+from workbench.hooks import Activations, run
+from workbench.locators.base import Locator
+from workbench.metrics import Answer, ScoreKind
+from workbench.models import LM, Tokens
+from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
+from workbench.progress import track
+from workbench.restoring import Cell, Restoration, restore_by_loop
+from workbench.results import Footprint
+from workbench.sites import Role, Site, SiteKind, window
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalTrace(Locator):
+    """ROME's causal trace. Values are indirect effects: score with the cell restored minus score of the corrupted run.
+
+    For `rank` and `kl`, where lower is better, the sign is turned, so that positive always means towards the clean run.
+    """
+
+    kinds: tuple[SiteKind, ...] = ("resid_post", "mlp_out", "attn_out")
+    """The maps: which outputs are restored."""
+
+    window: int = 10
+    """How many layers of `mlp_out` and `attn_out` are restored together; other kinds are restored one layer at a time. ROME uses
+    10 for models of 28 to 48 layers; `default_window` proposes one for smaller models."""
+
+    window_rule: Literal["rome", "paper"] = "rome"
+    """Which side of an even window has one layer more: ROME's code says below, its paper says above."""
+
+    corrupt: Literal["noise", "swap"] = "noise"
+    """`noise` on the subject's embeddings, or `swap` the subject for another of equal length (Zhang & Nanda, arXiv 2309.16042)."""
+
+    noise: str | float = "s3"
+    """Noise grammar of `workbench.noise`: s3, 0.1, u0.1, us3, m, t5."""
+
+    sigma_from: Literal["subjects", "prompt"] = "subjects"
+    """Where sigma_t of `s` and `us` comes from: all subjects of the facts given, as ROME does, or each prompt's own subject."""
+
+    sigma_note: str = ""
+    """Filled in when sigma_t is known: from what it was computed."""
+
+    samples: int = 10
+    """Noise samples of every cell."""
+
+    seed: int = 1
+    """Seed of the noise. Every cell of a fact, and every fact of equal subject length, gets the same draws."""
+
+    replace: bool = False
+    """Put the noise in the place of the embeddings instead of adding it; the corrupted baseline too."""
+
+    substitutes: tuple[str, ...] = ()
+    """For `swap`: subjects to choose from; empty: the other facts' subjects. The first of equal token length is taken."""
+
+    sever: Literal["none", "mlp_out", "attn_out"] = "none"
+    """Hold these outputs at their corrupted values at the restored token in all layers (severed paths, sec. 2.2)."""
+
+    score: ScoreKind = "p"
+    """What is measured at the end of the prompt, see `workbench.metrics`."""
+
+    token: Role | None = None
+    """Restore only at tokens of this role (e.g. `subject_last` for a severed trace); None: at every token."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise FactError(f"{self.samples} noise samples were asked for, expected 1 or more.")
+        if not self.kinds:
+            raise FactError("No kinds were asked for, expected at least one, e.g. ('resid_post',).")
+        if self.sever in self.kinds:
+            raise FactError(f"{self.sever} cannot be severed and restored at once. Trace resid_post, or sever the other one.")
+        window(0, self.window, 1)
+        Noise.parse(self.noise)
+
+    def resolved(self, lm: LM, facts: Sequence[Fact]) -> CausalTrace:
+        """With sigma_t of the facts' subjects put in, and substitutes to choose from."""
+        for kind in self.kinds:
+            lm.sites(kind)
+        if self.corrupt == "swap":
+            return replace(self, substitutes=self.substitutes or tuple(sorted({fact.subject for fact in facts})))
+        noise = Noise.parse(self.noise)
+        if not noise.relative or self.sigma_from == "prompt":
+            return self
+        subjects = sorted({fact.subject for fact in facts})
+        sigma_t = subject_sigma(lm, [fact.subject for fact in facts])
+        return replace(
+            self,
+            noise=str(noise.absolute(sigma_t)),
+            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {len(subjects)} subjects",
+        )
+
+    def parts(self) -> tuple[CausalTrace, ...]:
+        """One trace for each kind."""
+        return tuple(replace(self, kinds=(kind,)) for kind in self.kinds)
+
+    def locate_one(self, lm: LM, fact: Fact) -> Footprint:
+        """The maps of one fact."""
+        tokens = lm.encode([fact])
+        clean = run(lm, tokens)
+        answer = find_answer(lm, fact, clean)
+        problem, sigma, foil = self._problem(lm, fact, answer, clean)
+        answer = foil
+        cells = self._cells(lm, problem.clean)
+        clean_score = float(problem.score(run(lm, problem.clean).logits, problem.clean)[0])
+        low = problem.score(problem.corrupted_run(lm).logits, problem.corrupted).double().cpu().numpy()
+        scores = np.stack(
+            [
+                row.double().cpu().numpy()
+                for row in track(restore_by_loop(lm, problem, cells), f"trace {fact.subject}", len(cells))
+            ]
+        )
+        table, samples = self._tables(fact, problem.clean, cells, scores, low)
+        top = int(clean.last_logits[0].argmax())
+        facts = pd.DataFrame(
+            [
+                {
+                    "fact": fact.id,
+                    "prompt": fact.text,
+                    "subject": fact.subject,
+                    "answer": answer.text,
+                    "foil": answer.foil_text,
+                    "said": lm.word(top).strip(),
+                    "correct": top == answer.ids[0],
+                    "clean": clean_score,
+                    "corrupted": low.mean(),
+                    "corrupted_se": _standard_error(low[None])[0],
+                    "total_effect": self._sign * (clean_score - low.mean()),
+                }
+            ]
+        )
+        run_manifest = self._manifest(lm, fact, sigma=sigma, unit=f"indirect effect in {self.score}", engine="loop")
+        return Footprint(table=table, run=run_manifest, extras={"facts": facts, "samples": samples})
+
+    @property
+    def _sign(self) -> int:
+        return -1 if self.score in ("rank", "kl") else 1
+
+    def _problem(
+        self, lm: LM, fact: Fact, answer: Answer, clean: Activations
+    ) -> tuple[Restoration, float | None, Answer]:
+        """The experiment, the noise's number, and the answer with its foil."""
+        whole = (answer.text,) if self.score in ("p_target", "logp") else None
+        tokens = lm.encode([fact], targets=whole)
+        noise, sigma, spans = None, None, tokens.spans[0]
+        assert spans is not None  # a Fact always has a subject
+        if self.corrupt == "noise":
+            parsed = Noise.parse(self.noise)
+            if parsed.relative:
+                parsed = parsed.absolute(prompt_sigma(lm, tokens.ids[0, spans[0] : spans[1]].tolist()))
+            sigma = parsed.number
+            noise = torch.zeros(self.samples, tokens.ids.shape[1], lm.d_model, dtype=torch.float64)
+            noise[:, spans[0] : spans[1]] = draw(
+                lm, parsed, samples=self.samples, tokens=spans[1] - spans[0], seed=self.seed
+            )
+            noise = noise.to(lm.device, lm.dtype)
+            corrupted = tokens.repeat(self.samples)
+            foil_logits = clean.last_logits[0]
+        else:
+            corrupted = _swapped(lm, fact, tokens, whole, self.substitutes)
+            foil_logits = run(lm, corrupted).logits[0, corrupted.last[0]]
+        if self.score == "logit_diff":
+            answer = _with_foil(lm, fact, answer, foil_logits)
+        problem = Restoration(
+            clean=tokens,
+            corrupted=corrupted,
+            noise=noise,
+            replace=self.replace,
+            sever=None if self.sever == "none" else self.sever,
+            score=partial(_score, self.score, answer, clean.last_logits[0]),
+        )
+        return problem, sigma, answer
+
+    def _cells(self, lm: LM, tokens: Tokens) -> list[Cell]:
+        roles = tokens.roles()
+        positions = [i for i in range(tokens.lengths[0]) if self.token is None or bool(tokens.at(self.token)[0, i])]
+        if not positions:
+            raise FactError(f"No token of the prompt is {self.token!r}; its tokens are {', '.join(roles)}.")
+        return [
+            Cell(kind=kind, layer=site.layer, layers=self._layers(kind, site.layer, lm.n_layers), position=position)
+            for kind in self.kinds
+            for position in positions
+            for site in lm.sites(kind)
+        ]
+
+    def _layers(self, kind: SiteKind, layer: int, n_layers: int) -> range:
+        if kind in ("mlp_out", "attn_out"):
+            return window(layer, self.window, n_layers, rule=self.window_rule)
+        return range(layer, layer + 1)
+
+    def _tables(
+        self, fact: Fact, tokens: Tokens, cells: Sequence[Cell], scores: np.ndarray, low: np.ndarray
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The footprint's rows, and every sample's score."""
+        roles, texts = tokens.roles(), tokens.texts[0]
+        effects = self._sign * (scores - low)
+        table = pd.DataFrame(
+            {
+                "fact": fact.id,
+                "site": [str(Site(layer=cell.layer, kind=cell.kind, token=cell.position)) for cell in cells],
+                "layer": [cell.layer for cell in cells],
+                "kind": [cell.kind for cell in cells],
+                "head": pd.Series([pd.NA] * len(cells), dtype="Int64"),
+                "token": [roles[cell.position] for cell in cells],
+                "position": [cell.position for cell in cells],
+                "text": [texts[cell.position] for cell in cells],
+                "value": effects.mean(1),
+                "se": _standard_error(effects),
+                "score": scores.mean(1),
+            }
+        )
+        n = scores.shape[1]
+        samples = pd.DataFrame(
+            {
+                "fact": fact.id,
+                "site": np.repeat(table["site"].to_numpy(), n),
+                "sample": np.tile(np.arange(n), len(cells)),
+                "score": scores.ravel(),
+                "corrupted": np.tile(low, len(cells)),
+            }
+        )
+        return table, samples
+
+
+def default_window(n_layers: int) -> int:
+    """ROME's window of 10 for models of 24 layers and more, 3 for smaller ones, where 10 would cover most of the model."""
+    return 10 if n_layers >= 24 else 3
+
+
+def find_answer(lm: LM, fact: Fact, clean: Activations) -> Answer:
+    """The fact's own answer, or the model's most probable next token where the fact has none."""
+    if fact.target_true:
+        return Answer(text=fact.target_true, ids=tuple(lm.target_ids(fact.text, fact.target_true)))
+    top = int(clean.last_logits[0].argmax())
+    return Answer(text=lm.word(top).strip(), ids=(top,))
+
+
+def _with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answer:
+    """The answer with what it is compared to: the fact's target_new, or the best other token of `logits`."""
+    if fact.target_new:
+        return replace(answer, foil_id=lm.target_ids(fact.text, fact.target_new)[0], foil_text=fact.target_new)
+    best, second = logits.topk(2).indices.tolist()
+    foil = second if best == answer.ids[0] else best
+    return replace(answer, foil_id=foil, foil_text=lm.word(foil).strip())
+
+
+def _swapped(
+    lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, substitutes: Sequence[str]
+) -> Tokens:
+    """The prompt with the first substitute that keeps its token count and the subject's place.
+
+    Raises:
+        FactError: none does.
+    """
+    for subject in substitutes:
+        if subject != fact.subject:
+            other = lm.encode([replace(fact, subject=subject)], targets=targets)
+            if other.lengths == tokens.lengths and other.spans == tokens.spans:
+                return other
+    raise FactError(
+        f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. Give substitutes=(...) of equal length."
+    )
+
+
+def _score(
+    kind: ScoreKind, answer: Answer, clean: torch.Tensor, logits: torch.Tensor, tokens: Tokens
+) -> torch.Tensor:
+    return metrics.score(kind, logits, tokens, answer, clean=clean)
+
+
+def _standard_error(x: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the last axis; NaN for a single sample."""
+    n = x.shape[-1]
+    return x.std(-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[:-1], np.nan)

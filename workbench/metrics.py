@@ -1,0 +1,105 @@
+"""How much a model says an answer: scores on logits. Every result names the one it used.
+
+All are computed in float32 or better, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.models import LM, Tokens
+
+ScoreKind = Literal["p", "p_target", "logp", "logit_diff", "rank", "kl"]
+"""What is measured at the end of the prompt:
+
+- `p`: probability of the answer's first token, as ROME does (arXiv 2202.05262)
+- `p_target`: probability of the whole answer under teacher forcing
+- `logp`: its logarithm, summed over the answer's tokens (Hase et al., arXiv 2301.04213)
+- `logit_diff`: logit of the answer's first token minus the foil's (Zhang & Nanda, arXiv 2309.16042)
+- `rank`: how many tokens are more probable than the answer's first; 0 is the top
+- `kl`: KL(clean || here) of the next-token distributions in nats
+"""
+
+SCORES: tuple[ScoreKind, ...] = get_args(ScoreKind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What is scored, in tokens."""
+
+    text: str
+    """The answer, without leading space."""
+
+    ids: tuple[int, ...]
+    """Its tokens; scores of one token use the first."""
+
+    foil_id: int | None = None
+    """First token of the answer that `logit_diff` compares with."""
+
+    foil_text: str = ""
+    """That answer's text."""
+
+
+def score(
+    kind: ScoreKind, logits: Float[Tensor, "batch pos d_vocab"], tokens: Tokens, answer: Answer, *, clean: Tensor | None = None
+) -> Float[Tensor, " batch"]:
+    """The score of one answer in every row of a batch.
+
+    Args:
+        kind: which score.
+        logits: the model's output; for `p_target` and `logp` of several tokens the prompts were encoded with their target.
+        tokens: the prompts.
+        answer: what is scored.
+        clean: for `kl`, the logits (d_vocab) of the clean run's last prompt token.
+
+    Returns:
+        One number a row: a probability, nats, logits or a rank.
+
+    Raises:
+        ValueError: `logit_diff` without a foil, `kl` without `clean`.
+    """
+    rows = torch.arange(len(tokens), device=logits.device)
+    last = logits[rows, tokens.last].float() if logits.dtype != torch.float64 else logits[rows, tokens.last]
+    first = answer.ids[0]
+    if kind == "p":
+        return last.softmax(-1)[:, first]
+    if kind == "rank":
+        return (last > last[:, [first]]).sum(-1).to(last.dtype)
+    if kind == "logit_diff":
+        if answer.foil_id is None:
+            raise ValueError("logit_diff needs a foil: an answer to compare with. Give the fact a target_new.")
+        return last[:, first] - last[:, answer.foil_id]
+    if kind == "kl":
+        if clean is None:
+            raise ValueError("kl needs the clean run's logits to compare with.")
+        reference = clean.to(last.dtype).log_softmax(-1)
+        return (reference.exp() * (reference - last.log_softmax(-1))).sum(-1)
+    total = torch.zeros(len(tokens), dtype=last.dtype, device=logits.device)
+    for step, token_id in enumerate(answer.ids):
+        here = logits[rows, tokens.last + step].to(last.dtype)
+        total += here.log_softmax(-1)[:, token_id]
+    return total if kind == "logp" else total.exp()
+
+
+def top_tokens(lm: LM, logits: Float[Tensor, " d_vocab"], k: int = 10) -> list[tuple[str, float]]:
+    """The k most probable next tokens and their probabilities, most probable first."""
+    p = logits.float().softmax(-1)
+    values, ids = p.topk(min(k, len(p)))
+    return [(lm.word(int(i)), float(v)) for i, v in zip(ids, values, strict=True)]
+
+
+def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+    """The logit lens: hidden states read by the final norm and the unembedding, as if they were the last layer's.
+
+    For `attn_out` and `mlp_out`, which are additions and no states, this reads the addition alone; the norm then rescales it, so
+    compare ranks rather than probabilities. A final logit softcap (Gemma 2) is applied.
+    """
+    with torch.no_grad():
+        logits: Tensor = lm.unembed(lm.final_norm(hidden.to(lm.dtype)))
+    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,99 @@
+"""Restoring clean activations in a corrupted run: the experiment behind every causal trace, and its plain loop.
+
+The loop is the reference: one forward pass per cell, batched over noise samples only, with nothing shared between cells. Faster
+engines take the same `Restoration` and the same cells, and must give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.hooks import Activations, Write, run
+from workbench.models import LM, Tokens
+from workbench.sites import Site, SiteKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One entry of a map: at one token, the outputs of some layers are set to their clean values."""
+
+    kind: SiteKind
+    """Which outputs."""
+
+    layer: int
+    """The layer the cell is drawn at, 0-based."""
+
+    layers: range
+    """The layers restored together; only `layer` for a single state."""
+
+    position: int
+    """The token, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Restoration:
+    """A clean prompt, its corrupted copies, and how an outcome is scored."""
+
+    clean: Tokens
+    """The prompt: one row."""
+
+    corrupted: Tokens
+    """One row a sample: the same prompt, to which noise is added, or a prompt with another subject."""
+
+    noise: Float[Tensor, "sample pos d_model"] | None
+    """Added to the token embeddings of the corrupted rows, zero outside of the subject; None where the text differs instead."""
+
+    replace: bool
+    """Put the noise in the place of the subject's embeddings instead of adding it."""
+
+    sever: SiteKind | None
+    """`attn_out` or `mlp_out`: these outputs, at the restored token in all layers, are held at their corrupted values."""
+
+    score: Callable[[Float[Tensor, "sample pos d_vocab"], Tokens], Float[Tensor, " sample"]]
+    """Logits and prompts to one number a row."""
+
+    def corruption(self) -> dict[Site, Write]:
+        """What to write to get the corrupted run."""
+        noise = self.noise
+        if noise is None:
+            return {}
+        replace, touched = self.replace, (noise != 0).any(-1, keepdim=True)
+
+        def corrupt(x: Tensor) -> Tensor:
+            added = noise.to(x)
+            return torch.where(touched.to(x.device), added, x) if replace else x + added
+
+        return {Site(layer=0, kind="embed"): corrupt}
+
+    def corrupted_run(self, lm: LM, *, read: Sequence[SiteKind] = ()) -> Activations:
+        """The corrupted run with nothing restored."""
+        return run(lm, self.corrupted, read=read, write=self.corruption())
+
+
+def restore_by_loop(
+    lm: LM, problem: Restoration, cells: Iterable[Cell]
+) -> Iterator[Float[Tensor, " sample"]]:
+    """The score of every cell for every noise sample, one forward pass at a time.
+
+    1. One clean run: the activations to restore. With a severed path also one corrupted run: the outputs to hold.
+    2. For each cell: corrupt the prompt, hold the severed outputs at the cell's token in all layers, restore the cell's
+       outputs, score.
+    """
+    cells = list(cells)
+    kinds: list[SiteKind] = sorted({cell.kind for cell in cells})
+    clean = run(lm, problem.clean, read=kinds)
+    held = problem.corrupted_run(lm, read=(problem.sever,)) if problem.sever else None
+    for cell in cells:
+        write = problem.corruption()
+        if held is not None and problem.sever is not None:
+            for site in lm.sites(problem.sever):
+                write[Site(layer=site.layer, kind=site.kind, token=cell.position)] = held[site]
+        for layer in cell.layers:
+            site = Site(layer=layer, kind=cell.kind)
+            write[Site(layer=layer, kind=cell.kind, token=cell.position)] = clean[site]
+        yield problem.score(run(lm, problem.corrupted, write=write).logits, problem.corrupted)
