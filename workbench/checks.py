@@ -12,6 +12,7 @@ import torch
 
 from workbench.hooks import run
 from workbench.layouts import ModelError
+from workbench.metrics import lens_logits
 from workbench.models import LM
 from workbench.sites import Site
 
@@ -27,6 +28,7 @@ def self_checks(lm: LM) -> dict[str, float]:
     - `identity_patch`: logits with every block's output replaced by itself
     - `additivity`: resid_pre + attn_out + mlp_out against resid_post, in every layer
     - `key_value`: the down projection of `mlp_post` (the sum of key times value vector) against `mlp_out`, in every layer
+    - `lens`: final norm and unembedding of the last block's output, against the logits
     - `padding`: a right-padded row against the same prompt alone
 
     Raises:
@@ -74,5 +76,6 @@ def _errors(lm: LM) -> dict[str, float]:
             for i in layers
         ),
         "key_value": max(gap(values(i), at("mlp_out", i)) for i in layers),
+        "lens": gap(lens_logits(lm, at("resid_post", lm.n_layers - 1)), bare),
         "padding": gap(padded.logits[0, : alone.ids.shape[1]], bare[0]),
     }

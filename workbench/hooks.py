@@ -65,6 +65,8 @@ class _Plan:
     writes: Mapping[_Place, Sequence[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
     reads: frozenset[_Place] = frozenset()
     found: dict[_Place, Tensor] = field(default_factory=dict)
+    shape: list[int] = field(default_factory=list)
+    """Batch and positions of the pass that runs, noted at its embedding."""
 
 
 _plans: ContextVar[tuple[_Plan, ...]] = ContextVar("workbench_plans", default=())
@@ -207,8 +209,8 @@ def _pick(lm: LM, tokens: Tokens, site: Site, x: Tensor) -> Tensor:
 class _Tap:
     """A hook at one site. A deep copy of the model, and a pickled one, get a tap that does nothing."""
 
-    def __init__(self, owner: int, place: _Place, *, before: bool) -> None:
-        self.owner, self.place, self.before = owner, place, before
+    def __init__(self, owner: int, place: _Place, *, before: bool, copy: bool) -> None:
+        self.owner, self.place, self.before, self.copy = owner, place, before, copy
 
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
         return _inert
@@ -218,23 +220,38 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         plans = [plan for plan in _plans.get() if plan.owner == self.owner]
-        if not any(self.place in plan.writes or self.place in plan.reads for plan in plans):
+        if not plans:
             return None
         key = None if not self.before or args else _hidden_key(kwargs)
         whole = output if not self.before else kwargs if key else args
         x: Tensor = whole[key] if key else whole[0] if isinstance(whole, tuple) else whole
-        new = x
-        for plan in plans:
-            for writer in plan.writes.get(self.place, ()):
-                new = writer(new)
-            if self.place in plan.reads:
-                plan.found[self.place] = new
+        if self.place[1] == "embed":
+            for plan in plans:
+                plan.shape[:] = x.shape[:2]
+        new = self._through(plans, x)
         if new is x:
             return None
         if key:
             return args, {**kwargs, key: new}
         replaced = (new, *whole[1:]) if isinstance(whole, tuple) else new
         return (replaced, kwargs) if self.before else replaced
+
+    def _through(self, plans: Sequence[_Plan], x: Tensor) -> Tensor:
+        """What the plans make of `x`; `x` itself where none writes. Reads are noted."""
+        new = x
+        for plan in plans:
+            writers = plan.writes.get(self.place, ())
+            if not writers and self.place not in plan.reads:
+                continue
+            flat = new.dim() == 2  # OPT's MLP sees all positions of all rows in one dimension
+            here = new.view(*plan.shape, -1) if flat else new
+            for writer in writers:
+                here = writer(here)
+            if writers:
+                new = here.reshape(x.shape).clone() if self.copy else here.reshape(x.shape)
+            if self.place in plan.reads:
+                plan.found[self.place] = here.clone() if self.copy else here
+        return new
 
 
 def _inert(*_: object) -> None:
@@ -264,7 +281,7 @@ def _install(lm: LM, owner: int) -> None:
     layout = lm.layout
 
     def tap(module: nn.Module, layer: int, kind: SiteKind, *, before: bool) -> None:
-        hook = _Tap(owner, (layer, kind), before=before)
+        hook = _Tap(owner, (layer, kind), before=before, copy=layout.in_place)
         if before:
             module.register_forward_pre_hook(hook, with_kwargs=True)
         else:

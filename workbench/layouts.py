@@ -43,7 +43,13 @@ class Layout:
     """The MLP's down projection; its input is `mlp_post`, the key k."""
 
     mid_norm: str | None
-    """The norm whose input is `resid_mid`; None where attention and MLP read the same residual (a parallel block)."""
+    """The module whose input is `resid_mid`; None where attention and MLP read the same residual (a parallel block)."""
+
+    parallel_if: tuple[str, ...] = ()
+    """Config flags that make the block of a checkpoint parallel, whatever `mid_norm` says."""
+
+    in_place: bool = False
+    """Whether the block adds into its sublayers' output tensors, so that what is read or written there must be a copy."""
 
     @property
     def parallel(self) -> bool:
@@ -65,13 +71,8 @@ def _llama_like(family: str, **other: Any) -> Layout:
     return Layout(family=family, **{**parts, **other})
 
 
-_SANDWICH = {
-    "attn_out": "post_attention_layernorm",
-    "mlp_out": "post_feedforward_layernorm",
-    "mid_norm": "pre_feedforward_layernorm",
-}
-"""Gemma 2 and 3 normalise a sublayer's output before they add it."""
-
+_POST_NORMS = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+"""Gemma 2 and 3 and OLMo 2 normalise a sublayer's output before they add it."""
 
 _GPT2_BLOCK = {
     "blocks": "transformer.h",
@@ -80,6 +81,18 @@ _GPT2_BLOCK = {
     "attn_out": "attn",
     "mlp_out": "mlp",
 }
+
+_BLOOM_BLOCK: dict[str, Any] = {
+    "blocks": "transformer.h",
+    "final_norm": "transformer.ln_f",
+    "attn": "self_attention",
+    "attn_out": "self_attention.dense",
+    "o_proj": "self_attention.dense",
+    "mlp_out": "mlp.dense_4h_to_h",
+    "down_proj": "mlp.dense_4h_to_h",
+    "mid_norm": "post_attention_layernorm",
+}
+"""BLOOM's attention and MLP modules return the residual with their own part in it, so the projections are what counts."""
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(family="gpt2", **_GPT2_BLOCK, o_proj="attn.c_proj", down_proj="mlp.c_proj", mid_norm="ln_2"),
@@ -97,6 +110,7 @@ LAYOUTS: tuple[Layout, ...] = (
         mlp_out="mlp",
         down_proj="mlp.dense_4h_to_h",
         mid_norm="post_attention_layernorm",
+        parallel_if=("use_parallel_residual",),
     ),
     Layout(
         family="opt",
@@ -121,9 +135,19 @@ LAYOUTS: tuple[Layout, ...] = (
     _llama_like("qwen2"),
     _llama_like("qwen3"),
     _llama_like("gemma"),
-    _llama_like("gemma2", **_SANDWICH),
-    _llama_like("gemma3_text", **_SANDWICH),
+    _llama_like("gemma2", **_POST_NORMS, mid_norm="pre_feedforward_layernorm"),
+    _llama_like("gemma3_text", **_POST_NORMS, mid_norm="pre_feedforward_layernorm"),
+    _llama_like("phi3"),
+    _llama_like("olmo"),
+    _llama_like("olmo2", **_POST_NORMS, mid_norm="mlp"),
+    _llama_like("starcoder2", down_proj="mlp.c_proj"),
+    _llama_like("stablelm", parallel_if=("use_parallel_residual",)),
+    _llama_like("cohere", mid_norm=None),
+    Layout(family="bloom", **_BLOOM_BLOCK),
+    Layout(family="falcon", **_BLOOM_BLOCK, parallel_if=("parallel_attn", "new_decoder_architecture"), in_place=True),
 )
+"""One row per family. Mixtures of experts (mixtral, qwen3_moe) have no row: their experts have no one down projection whose input
+is a key. granite has none: it scales what its sublayers add."""
 
 
 def layout_for(config: Any) -> Layout:
@@ -140,7 +164,7 @@ def layout_for(config: Any) -> Layout:
             "Add a row to workbench/layouts.py for it."
         )
     layout = rows[config.model_type]
-    if getattr(config, "use_parallel_residual", False):
+    if any(getattr(config, flag, False) for flag in layout.parallel_if):
         layout = replace(layout, mid_norm=None)
     return layout
 
@@ -154,13 +178,8 @@ def layout_of(model: Any) -> Layout:
     layout = layout_for(model.config)
     modules = dict(model.named_modules())
     if layout.blocks not in modules:
-        inner = [name for name in modules if name.endswith("." + layout.blocks.removeprefix("model."))]
-        if len(inner) == 1:
-            prefix = inner[0].removesuffix(layout.blocks.removeprefix("model."))
-            layout = replace(
-                layout,
-                **{part: prefix + getattr(layout, part).removeprefix("model.") for part in ("blocks", "final_norm")},
-            )
+        deeper = {part: f"model.language_{getattr(layout, part)}" for part in ("blocks", "final_norm")}
+        layout = replace(layout, **deeper)  # model.layers -> model.language_model.layers
     if layout.blocks not in modules or layout.final_norm not in modules or model.get_output_embeddings() is None:
         raise ModelError(
             f"This {type(model).__name__} has no {layout.blocks!r} with an output embedding, expected a causal {layout.family} model. "

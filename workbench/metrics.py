@@ -97,9 +97,11 @@ def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "
     """The logit lens: hidden states read by the final norm and the unembedding, as if they were the last layer's.
 
     For `attn_out` and `mlp_out`, which are additions and no states, this reads the addition alone; the norm then rescales it, so
-    compare ranks rather than probabilities. A final logit softcap (Gemma 2) is applied.
+    compare ranks rather than probabilities. A logit scale (Cohere) and a final softcap (Gemma 2) are applied.
     """
+    config = lm.model.config.get_text_config()
+    scale, cap = getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
     with torch.no_grad():
         logits: Tensor = lm.unembed(lm.final_norm(hidden.to(lm.dtype)))
-    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
+    logits = logits if scale is None else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -76,7 +76,7 @@ class Noise:
         return Noise(family=self.family, number=self.number * sigma_t, relative=False) if self.relative else self
 
     def __str__(self) -> str:
-        number = f"{self.number:g}"
+        number = f"{self.number:.10g}"
         return {"gaussian": number, "uniform": f"u{number}", "multivariate": "m", "student": f"t{number}"}[self.family]
 
 
