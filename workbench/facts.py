@@ -10,13 +10,15 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.errors import InputError
+
 SLOT = "{}"
 """Marks the place of the subject in a prompt template."""
 
 Occurrence = Literal["last", "first"]
 
 
-class FactError(ValueError):
+class FactError(InputError):
     """A fact that cannot be used; the message says what was expected, what came and what to do."""
 
 
@@ -91,7 +93,13 @@ class Fact:
 
     @classmethod
     def typed(
-        cls, *, text: str, subject: str, target_true: str = "", occurrence: Occurrence = "last", id: str = ""
+        cls,
+        *,
+        text: str,
+        subject: str,
+        target_true: str = "",
+        occurrence: Occurrence = "last",
+        id: str = "",  # noqa: A002
     ) -> Fact:
         """A fact from a sentence as a user types it.
 

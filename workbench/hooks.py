@@ -48,7 +48,9 @@ class Activations:
         """The activation at a site, given as `Site` or as its text, e.g. `acts["L3.mlp_out"]`."""
         site = Site.parse(site) if isinstance(site, str) else site
         if site not in self.sites:
-            raise SiteError(f"{site} was not read. Name it in run(..., read=...); read were {', '.join(map(str, self.sites))}.")
+            raise SiteError(
+                f"{site} was not read. Name it in run(..., read=...); read were {', '.join(map(str, self.sites))}."
+            )
         return self.sites[site]
 
     @property
@@ -111,7 +113,9 @@ def run(
     finally:
         _plans.reset(reset)
     return Activations(
-        tokens=tokens, logits=logits, sites={site: _pick(lm, tokens, site, plan.found[site.layer, site.kind]) for site in sites}
+        tokens=tokens,
+        logits=logits,
+        sites={site: _pick(lm, tokens, site, plan.found[site.layer, site.kind]) for site in sites},
     )
 
 
@@ -139,7 +143,7 @@ def _expand(lm: LM, entry: Site | SiteKind | str) -> tuple[Site, ...]:
     if isinstance(entry, Site):
         return (entry,)
     if entry in KINDS:
-        return lm.sites(entry)  # type: ignore[arg-type]  # mypy does not narrow by membership
+        return lm.sites(entry)
     return (Site.parse(entry),)
 
 
@@ -176,7 +180,8 @@ def _apply(lm: LM, site: Site, value: Write, where: Tensor | None, x: Tensor) ->
         here = new if where is None else torch.where(where, new, here)
     except RuntimeError as error:
         raise SiteError(
-            f"A tensor of shape {tuple(new.shape)} cannot be written to {site}, expected one that broadcasts to {tuple(here.shape)}."
+            f"A tensor of shape {tuple(new.shape)} cannot be written to {site}. "
+            f"Expected one that broadcasts to {tuple(here.shape)}."
         ) from error
     if site.head is None:
         return here
@@ -199,7 +204,9 @@ def _pick(lm: LM, tokens: Tokens, site: Site, x: Tensor) -> Tensor:
         return x
     where = tokens.at(site.token)
     if not bool((where.sum(1) == 1).all()):
-        raise SiteError(f"{site} is not exactly one token in every row. Read the whole site and use tokens.at({site.token!r}).")
+        raise SiteError(
+            f"{site} is not exactly one token in every row. Read the whole site and use tokens.at({site.token!r})."
+        )
     return x[where]
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from workbench.errors import InputError
 
-class ModelError(ValueError):
+
+class ModelError(InputError):
     """A model that cannot be loaded or used; the message says what was expected, what came and what to do."""
 
 
@@ -74,7 +76,7 @@ def _llama_like(family: str, **other: Any) -> Layout:
 _POST_NORMS = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 """Gemma 2 and 3 and OLMo 2 normalise a sublayer's output before they add it."""
 
-_GPT2_BLOCK = {
+_GPT2_BLOCK: dict[str, Any] = {
     "blocks": "transformer.h",
     "final_norm": "transformer.ln_f",
     "attn": "attn",
@@ -97,9 +99,7 @@ _BLOOM_BLOCK: dict[str, Any] = {
 LAYOUTS: tuple[Layout, ...] = (
     Layout(family="gpt2", **_GPT2_BLOCK, o_proj="attn.c_proj", down_proj="mlp.c_proj", mid_norm="ln_2"),
     Layout(family="gptj", **_GPT2_BLOCK, o_proj="attn.out_proj", down_proj="mlp.fc_out", mid_norm=None),
-    Layout(
-        family="gpt_neo", **_GPT2_BLOCK, o_proj="attn.attention.out_proj", down_proj="mlp.c_proj", mid_norm="ln_2"
-    ),
+    Layout(family="gpt_neo", **_GPT2_BLOCK, o_proj="attn.attention.out_proj", down_proj="mlp.c_proj", mid_norm="ln_2"),
     Layout(
         family="gpt_neox",
         blocks="gpt_neox.layers",
@@ -178,11 +178,11 @@ def layout_of(model: Any) -> Layout:
     layout = layout_for(model.config)
     modules = dict(model.named_modules())
     if layout.blocks not in modules:
-        deeper = {part: f"model.language_{getattr(layout, part)}" for part in ("blocks", "final_norm")}
+        deeper: dict[str, Any] = {part: f"model.language_{getattr(layout, part)}" for part in ("blocks", "final_norm")}
         layout = replace(layout, **deeper)  # model.layers -> model.language_model.layers
     if layout.blocks not in modules or layout.final_norm not in modules or model.get_output_embeddings() is None:
         raise ModelError(
-            f"This {type(model).__name__} has no {layout.blocks!r} with an output embedding, expected a causal {layout.family} model. "
+            f"This {type(model).__name__} has no {layout.blocks!r} and output embedding, expected a causal {layout.family} model. "
             "Load it with AutoModelForCausalLM."
         )
     return layout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def load(
     except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(_why_not(str(name), where, error)) from error
     layout_for(config)
-    if os.path.isdir(where):
+    if Path(where).is_dir():
         _check_folder(Path(where), allow_pickle=allow_pickle)
         if device_map is None:
             _check_memory(Path(where), str(name), place, dtype)
@@ -78,14 +77,16 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as error:
         raise ModelError(_why_not(str(name), where, error)) from error
     if device_map is None:
-        model = model.to(place)
+        model.to(device=place)
     return LM(model, tokenizer, name=str(name), bos=bos)
 
 
 def _locate(name: str) -> str:
     """The folder of a bundled model, an existing folder, or the name for the hub."""
     if not name.strip():
-        raise ModelError(f"The model's name is empty. Use a bundled one ({', '.join(zoo.NAMES)}), a folder or a hub name.")
+        raise ModelError(
+            f"The model's name is empty. Use a bundled one ({', '.join(zoo.NAMES)}), a folder or a hub name."
+        )
     if name in zoo.NAMES:
         return str(zoo.folder(name))
     path = Path(name).expanduser()
@@ -94,7 +95,9 @@ def _locate(name: str) -> str:
     if path.is_dir():
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"There is no folder {name!r}. Check the path, or use a bundled model ({', '.join(zoo.NAMES)}).")
+        raise ModelError(
+            f"There is no folder {name!r}. Check the path, or use a bundled model ({', '.join(zoo.NAMES)})."
+        )
     return name
 
 
@@ -109,7 +112,9 @@ def _check_folder(folder: Path, *, allow_pickle: bool) -> None:
             f"{str(folder)!r} holds its weights as pickle (.bin) only, which can run code when it is read. "
             "Convert it to safetensors, or allow pickle if you trust it."
         )
-    raise ModelError(f"{str(folder)!r} holds no weights, expected *.safetensors beside config.json. Choose another folder.")
+    raise ModelError(
+        f"{str(folder)!r} holds no weights, expected *.safetensors beside config.json. Choose another folder."
+    )
 
 
 def _check_memory(folder: Path, name: str, device: torch.device, dtype: str) -> None:
@@ -158,9 +163,11 @@ def _pick_device(device: str) -> torch.device:
 def _why_not(name: str, where: str, error: Exception) -> str:
     """One sentence for what transformers says in many."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if os.path.isdir(where):
+    if Path(where).is_dir():
         if not (Path(where) / "config.json").is_file():
-            return f"{name!r} holds no config.json, expected a folder written by save_pretrained. Choose another folder."
+            return (
+                f"{name!r} holds no config.json, expected a folder written by save_pretrained. Choose another folder."
+            )
         return f"{name!r} cannot be loaded: {reason}"
     return (
         f"{name!r} is neither a bundled model ({', '.join(zoo.NAMES)}) nor a folder, and the hub did not give it: {reason} "

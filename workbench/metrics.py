@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.models import LM, Tokens
 
 ScoreKind = Literal["p", "p_target", "logp", "logit_diff", "rank", "kl"]
@@ -46,7 +47,12 @@ class Answer:
 
 
 def score(
-    kind: ScoreKind, logits: Float[Tensor, "batch pos d_vocab"], tokens: Tokens, answer: Answer, *, clean: Tensor | None = None
+    kind: ScoreKind,
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Tokens,
+    answer: Answer,
+    *,
+    clean: Tensor | None = None,
 ) -> Float[Tensor, " batch"]:
     """The score of one answer in every row of a batch.
 
@@ -61,7 +67,7 @@ def score(
         One number a row: a probability, nats, logits or a rank.
 
     Raises:
-        ValueError: `logit_diff` without a foil, `kl` without `clean`.
+        InputError: `logit_diff` without a foil, `kl` without `clean`.
     """
     rows = torch.arange(len(tokens), device=logits.device)
     last = logits[rows, tokens.last].float() if logits.dtype != torch.float64 else logits[rows, tokens.last]
@@ -72,11 +78,11 @@ def score(
         return (last > last[:, [first]]).sum(-1).to(last.dtype)
     if kind == "logit_diff":
         if answer.foil_id is None:
-            raise ValueError("logit_diff needs a foil: an answer to compare with. Give the fact a target_new.")
+            raise InputError("logit_diff needs a foil: an answer to compare with. Give the fact a target_new.")
         return last[:, first] - last[:, answer.foil_id]
     if kind == "kl":
         if clean is None:
-            raise ValueError("kl needs the clean run's logits to compare with.")
+            raise InputError("kl needs the clean run's logits to compare with.")
         reference = clean.to(last.dtype).log_softmax(-1)
         return (reference.exp() * (reference - last.log_softmax(-1))).sum(-1)
     total = torch.zeros(len(tokens), dtype=last.dtype, device=logits.device)

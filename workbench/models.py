@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.facts import Fact
 from workbench.layouts import Layout, ModelError, layout_of
-from workbench.sites import TOKEN_ROLES, Role, Site, SiteError, SiteKind
+from workbench.sites import Role, Site, SiteError, SiteKind
 
 __all__ = ["LM", "ModelError", "Tokens"]
 
@@ -65,7 +65,8 @@ class Tokens:
         """
         length, span = self.lengths[row], self.spans[row]
         if span is None:
-            return ("before_subject",) * (length - 1) + ("last",)
+            before: tuple[Role, ...] = ("before_subject",)
+            return (*before * (length - 1), "last")
         start, stop = span
 
         def role(position: int) -> Role:
@@ -97,7 +98,9 @@ class Tokens:
         if isinstance(token, int):
             shortest = min(self.lengths)
             if not -shortest <= token < shortest:
-                raise SiteError(f"Position {token} is outside of a prompt of {shortest} tokens. Use 0 to {shortest - 1}.")
+                raise SiteError(
+                    f"Position {token} is outside of a prompt of {shortest} tokens. Use 0 to {shortest - 1}."
+                )
             return self.positions == (token if token >= 0 else self.last[:, None] + 1 + token)
         chosen = torch.zeros_like(self.mask)
         for row, length in enumerate(self.lengths):
@@ -147,7 +150,7 @@ class LM:
             )
         if bos and tokenizer.bos_token_id is None:
             raise ModelError(f"bos=True was asked for, but {type(tokenizer).__name__} has no BOS token. Use bos=None.")
-        self.model = model.eval()
+        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
         self.tokenizer: Any = tokenizer
         self.layout: Layout = layout_of(model)
         self.name = name or model.config._name_or_path or self.layout.family
@@ -158,7 +161,7 @@ class LM:
         self.n_layers = len(self.blocks)
         self.n_heads = int(config.num_attention_heads)
         self.d_model = int(config.hidden_size)
-        self.d_vocab = int(self.unembed.weight.shape[0])
+        self.d_vocab = int(self.unembed.get_parameter("weight").shape[0])
         self.n_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
@@ -170,26 +173,32 @@ class LM:
     @cached_property
     def blocks(self) -> nn.ModuleList:
         """The model's blocks, from the first layer (0) up."""
-        return self.model.get_submodule(self.layout.blocks)  # type: ignore[return-value]
+        blocks = self.model.get_submodule(self.layout.blocks)
+        assert isinstance(blocks, nn.ModuleList)  # as the layout says
+        return blocks
 
     @cached_property
     def embed(self) -> nn.Module:
         """The token embedding; its output is where noise is added."""
-        return self.model.get_input_embeddings()
+        embed: nn.Module = self.model.get_input_embeddings()
+        return embed
 
     @cached_property
     def final_norm(self) -> nn.Module:
         """The norm before the unembedding."""
-        return self.model.get_submodule(self.layout.final_norm)
+        norm: nn.Module = self.model.get_submodule(self.layout.final_norm)
+        return norm
 
     @cached_property
     def unembed(self) -> nn.Module:
         """The output embedding; its weight is (d_vocab, d_model)."""
-        return self.model.get_output_embeddings()
+        unembed: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return unembed
 
     def part(self, layer: int, path: str) -> nn.Module:
         """The module at `path` in block `layer`, e.g. `lm.part(3, lm.layout.down_proj)`."""
-        return self.blocks[layer].get_submodule(path)
+        part: nn.Module = self.blocks[layer].get_submodule(path)
+        return part
 
     def sites(self, kind: SiteKind, token: Role | int | None = None) -> tuple[Site, ...]:
         """The sites of a kind, one per layer (one in all for `embed`).
@@ -275,7 +284,8 @@ class LM:
             rows.append(ids + self.target_ids(text, targets[index])[:-1] if targets else ids)
             if self.n_positions is not None and len(rows[-1]) > self.n_positions:
                 raise ModelError(
-                    f"The prompt has {len(rows[-1])} tokens, but {self.name} has {self.n_positions} positions. Shorten it: {text[:60]!r}..."
+                    f"The prompt has {len(rows[-1])} tokens, but {self.name} has {self.n_positions} positions. "
+                    f"Shorten it: {text[:60]!r}..."
                 )
         width = max(map(len, rows))
         ids_tensor = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)

@@ -23,12 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.models import LM
 
 _GRAMMAR = re.compile(r"(?P<family>us|[sutm])?(?P<number>\d+\.?\d*(?:e-?\d+)?|\.\d+)?")
 
 
-class NoiseError(ValueError):
+class NoiseError(InputError):
     """Text that spells no noise."""
 
 
@@ -94,9 +95,7 @@ def prompt_sigma(lm: LM, ids: Iterable[int]) -> float:
     return float(_embed(lm, list(ids)).std())
 
 
-def draw(
-    lm: LM, noise: Noise, *, samples: int, tokens: int, seed: int
-) -> Float[Tensor, "sample token d_model"]:
+def draw(lm: LM, noise: Noise, *, samples: int, tokens: int, seed: int) -> Float[Tensor, "sample token d_model"]:
     """Noise vectors, float64 on the CPU: the same for the same seed and shape, as ROME's RandomState gives them.
 
     Raises:
@@ -119,7 +118,8 @@ def draw(
         df = noise.number
         chi2 = torch.from_numpy(random.chisquare(df, (samples, tokens, 1)))
         normal = normal * ((df - 2) / chi2).sqrt()
-    return mean + normal
+    drawn: Tensor = mean + normal
+    return drawn
 
 
 def _embed(lm: LM, ids: Iterable[int]) -> Float[Tensor, "token d_model"]:

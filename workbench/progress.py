@@ -19,7 +19,7 @@ Listener = Callable[[str, int, int], None]
 _listener: ContextVar[Listener | None] = ContextVar("workbench_progress", default=None)
 
 
-class Cancelled(Exception):  # noqa: N818 - not an error: somebody pressed stop
+class Cancelled(Exception):
     """Raised by a listener to stop the work it listens to."""
 
 

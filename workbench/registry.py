@@ -22,5 +22,5 @@ def discover(package: str, base: type[T]) -> dict[str, type[T]]:
         module = importlib.import_module(f"{package}.{info.name}")
         for name, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, base) and cls.__module__ == module.__name__ and not inspect.isabstract(cls):
-                found[name] = cls
+                found[name] = cls  # noqa: PERF403 - a comprehension over two loops reads worse
     return dict(sorted(found.items()))

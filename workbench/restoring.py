@@ -75,9 +75,7 @@ class Restoration:
         return run(lm, self.corrupted, read=read, write=self.corruption())
 
 
-def restore_by_loop(
-    lm: LM, problem: Restoration, cells: Iterable[Cell]
-) -> Iterator[Float[Tensor, " sample"]]:
+def restore_by_loop(lm: LM, problem: Restoration, cells: Iterable[Cell]) -> Iterator[Float[Tensor, " sample"]]:
     """The score of every cell for every noise sample, one forward pass at a time.
 
     1. One clean run: the activations to restore. With a severed path also one corrupted run: the outputs to hold.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+
+from workbench.errors import InputError
 
 FOOTPRINT_COLUMNS = (
     "fact", "site", "layer", "kind", "head", "token", "position", "text", "value", "se", "score",
@@ -40,7 +41,7 @@ _LIBRARIES = ("torch", "transformers", "numpy", "pandas", "knowledge-location-wo
 R = TypeVar("R", bound="Result")
 
 
-class ResultError(ValueError):
+class ResultError(InputError):
     """A result that cannot be read or used; the message says what was expected, what came and what to do."""
 
 
@@ -75,8 +76,8 @@ class Result:
             manifest = {**self.run, "extras": sorted(self.extras), "class": type(self).__name__}
             (new / "run.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False, default=_plain) + "\n")
             if folder.exists():
-                os.replace(folder, Path(temporary) / "old")
-            os.replace(new, folder)
+                folder.replace(Path(temporary) / "old")
+            new.replace(folder)
         return folder
 
     @classmethod
@@ -95,7 +96,8 @@ class Result:
             extras = {name: pd.read_parquet(folder / f"{name}.parquet") for name in names}
         except (OSError, ValueError, KeyError) as error:
             raise ResultError(
-                f"{str(folder)!r} holds no complete result ({type(error).__name__}), expected run.json and table.parquet. Compute it again."
+                f"{str(folder)!r} holds no complete result ({type(error).__name__}), expected run.json and table.parquet. "
+                "Compute it again."
             ) from error
         return cls(table=table, run=run, extras=extras)
 
@@ -111,7 +113,9 @@ class Footprint(Result):
     def __post_init__(self) -> None:
         missing = [column for column in FOOTPRINT_COLUMNS if column not in self.table.columns]
         if missing:
-            raise ResultError(f"A footprint's table lacks {', '.join(missing)}; it has {', '.join(self.table.columns)}.")
+            raise ResultError(
+                f"A footprint's table lacks {', '.join(missing)}; it has {', '.join(self.table.columns)}."
+            )
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -129,21 +133,23 @@ class Footprint(Result):
         Raises:
             ResultError: there is no such row.
         """
-        rows = self.table
+        rows: pd.DataFrame = self.table
         if fact is not None:
             rows = rows[rows["fact"] == fact]
         if kind is not None:
             rows = rows[rows["kind"] == kind]
         if rows.empty:
             raise ResultError(
-                f"There is no row for fact {fact!r} and kind {kind!r}. Facts: {', '.join(self.facts[:5])}...; kinds: {', '.join(self.kinds)}."
+                f"There is no row for fact {fact!r} and kind {kind!r}. "
+                f"Facts: {', '.join(self.facts[:5])}...; kinds: {', '.join(self.kinds)}."
             )
         return rows
 
     def grid(self, *, kind: str, fact: str | None = None, column: str = "value") -> pd.DataFrame:
         """A map of one fact: positions down, layers across (0-based). The only fact, where none is named."""
         fact = self._only(fact)
-        return self.of(fact=fact, kind=kind).pivot(index="position", columns="layer", values=column)
+        grid: pd.DataFrame = self.of(fact=fact, kind=kind).pivot(index="position", columns="layer", values=column)
+        return grid
 
     def tokens(self, fact: str | None = None) -> pd.DataFrame:
         """The prompt tokens of a fact: position (index), text, token (its role)."""
@@ -165,11 +171,14 @@ class Footprint(Result):
     def peak(self, *, kind: str, fact: str | None = None) -> pd.Series:
         """The row with the largest value of a fact's map."""
         rows = self.of(fact=self._only(fact), kind=kind)
-        return rows.loc[rows["value"].idxmax()]
+        peak: pd.Series = rows.iloc[int(rows["value"].argmax())]
+        return peak
 
     def _only(self, fact: str | None) -> str:
         if fact is None and len(self.facts) != 1:
-            raise ResultError(f"This footprint has {len(self.facts)} facts. Name one of them, e.g. fact={self.facts[0]!r}.")
+            raise ResultError(
+                f"This footprint has {len(self.facts)} facts. Name one of them, e.g. fact={self.facts[0]!r}."
+            )
         return self.facts[0] if fact is None else fact
 
 
@@ -186,10 +195,14 @@ def join(parts: Iterable[R]) -> R:
     for part in parts[1:]:
         for name in ("what", "weight_hash"):
             if part.run.get(name) != first.run.get(name):
-                raise ResultError(f"Results of different {name} cannot be joined: {first.run.get(name)} and {part.run.get(name)}.")
+                raise ResultError(
+                    f"Results of different {name} cannot be joined: {first.run.get(name)} and {part.run.get(name)}."
+                )
     if len(parts) == 1:
         return first
-    facts = list({json.dumps(fact, sort_keys=True): fact for part in parts for fact in part.run.get("facts", ())}.values())
+    facts = list(
+        {json.dumps(fact, sort_keys=True): fact for part in parts for fact in part.run.get("facts", ())}.values()
+    )
     extras = {name: pd.concat([part.extras[name] for part in parts], ignore_index=True) for name in first.extras}
     if "facts" in extras:
         extras["facts"] = extras["facts"].drop_duplicates("fact", ignore_index=True)

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from workbench.errors import InputError
+
 SiteKind = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "mlp_post"]
 """What is read:
 
@@ -23,7 +25,14 @@ SiteKind = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn_out", 
 KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 
 Role = Literal[
-    "subject_first", "subject_middle", "subject_last", "first_after_subject", "further", "last", "before_subject", "subject"
+    "subject_first",
+    "subject_middle",
+    "subject_last",
+    "first_after_subject",
+    "further",
+    "last",
+    "before_subject",
+    "subject",
 ]
 """The place of a token in the prompt, as ROME's averages name it, and `subject` for all of the subject's tokens."""
 
@@ -39,7 +48,7 @@ _GRAMMAR = re.compile(
 )
 
 
-class SiteError(ValueError):
+class SiteError(InputError):
     """A site that does not exist, or text that does not spell one."""
 
 

@@ -88,7 +88,9 @@ class CausalTrace(Locator):
         if not self.kinds:
             raise FactError("No kinds were asked for, expected at least one, e.g. ('resid_post',).")
         if self.sever in self.kinds:
-            raise FactError(f"{self.sever} cannot be severed and restored at once. Trace resid_post, or sever the other one.")
+            raise FactError(
+                f"{self.sever} cannot be severed and restored at once. Trace resid_post, or sever the other one."
+            )
         window(0, self.window, 1)
         Noise.parse(self.noise)
 
@@ -263,9 +265,7 @@ def _with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answ
     return replace(answer, foil_id=foil, foil_text=lm.word(foil).strip())
 
 
-def _swapped(
-    lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, substitutes: Sequence[str]
-) -> Tokens:
+def _swapped(lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, substitutes: Sequence[str]) -> Tokens:
     """The prompt with the first substitute that keeps its token count and the subject's place.
 
     Raises:
@@ -277,13 +277,12 @@ def _swapped(
             if other.lengths == tokens.lengths and other.spans == tokens.spans:
                 return other
     raise FactError(
-        f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. Give substitutes=(...) of equal length."
+        f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. "
+        "Give substitutes=(...) of equal length."
     )
 
 
-def _score(
-    kind: ScoreKind, answer: Answer, clean: torch.Tensor, logits: torch.Tensor, tokens: Tokens
-) -> torch.Tensor:
+def _score(kind: ScoreKind, answer: Answer, clean: torch.Tensor, logits: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return metrics.score(kind, logits, tokens, answer, clean=clean)
 
 

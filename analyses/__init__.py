@@ -1,0 +1,1 @@
+"""Questions of papers, one function each: facts and a model in, a `Result` out."""

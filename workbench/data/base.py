@@ -1,0 +1,85 @@
+"""What a reader is, and how a file finds its reader."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench.facts import Fact, FactError
+from workbench.registry import discover
+
+Record = Mapping[str, Any]
+
+
+class Reader(ABC):
+    """Turns records of one published format into facts."""
+
+    name: str
+    """What the format is called, for messages."""
+
+    fields: frozenset[str]
+    """Fields that every record of this format has, and that together no other format has."""
+
+    @abstractmethod
+    def fact(self, record: Record) -> Fact:
+        """The fact of one record.
+
+        Raises:
+            KeyError, TypeError, FactError: the record is not as the format says.
+        """
+
+
+def read_facts(path: Path | str) -> list[Fact]:
+    """All facts of a JSON or JSON-lines file in a known format.
+
+    Raises:
+        FactError: the file is missing, is no JSON list of records, is of no known format, or has a record that does not fit; the
+            message names the record.
+    """
+    path = Path(path)
+    records = _records(path)
+    readers = [reader() for reader in discover("workbench.data", Reader).values()]  # type: ignore[type-abstract]
+    keys = set(records[0])
+    reader = next((reader for reader in readers if reader.fields <= keys), None)
+    if reader is None:
+        known = "; ".join(f"{reader.name} ({', '.join(sorted(reader.fields))})" for reader in readers)
+        raise FactError(
+            f"{path.name} has records with the fields {', '.join(sorted(keys))}, which is no known format. Known are {known}."
+        )
+    facts = []
+    for index, record in enumerate(records):
+        try:
+            facts.append(reader.fact(record))
+        except (KeyError, TypeError, AttributeError, FactError) as error:
+            what = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
+            raise FactError(
+                f"Record {index} of {path.name} is not as {reader.name} has it: {what} Mend or drop it."
+            ) from error
+    return facts
+
+
+def _records(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FactError(
+            f"{str(path)!r} cannot be read as text ({type(error).__name__}). Give a JSON file of facts."
+        ) from error
+    try:
+        records = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except ValueError as error:
+        raise FactError(
+            f"{path.name} is no JSON: {error}. Give a JSON list of records, or .jsonl with one a line."
+        ) from error
+    if isinstance(records, Mapping) and isinstance(records.get("facts"), list):
+        records = records["facts"]
+    if not isinstance(records, list) or not records or not all(isinstance(record, Mapping) for record in records):
+        raise FactError(f"{path.name} holds no list of records, expected a JSON list with at least one fact.")
+    return records
