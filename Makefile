@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help app test lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 # torch goes first, on its own: a CPU build that pip finds is then kept, and nothing later asks for a CUDA one.
 $(STAMP): pyproject.toml constraints.txt

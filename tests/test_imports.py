@@ -15,7 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("workbench.facts", "workbench.progress", "workbench.registry", "workbench.sites"),
+    0: (
+        "workbench.errors",
+        "workbench.facts",
+        "workbench.progress",
+        "workbench.registry",
+        "workbench.sites",
+        "workbench.subjects",
+    ),
     1: (
         "workbench.data",
         "workbench.layouts",
