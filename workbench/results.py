@@ -143,7 +143,8 @@ class Footprint(Result):
                 f"There is no row for fact {fact!r} and kind {kind!r}. "
                 f"Facts: {', '.join(self.facts[:5])}...; kinds: {', '.join(self.kinds)}."
             )
-        return rows
+        chosen: pd.DataFrame = rows
+        return chosen
 
     def grid(self, *, kind: str, fact: str | None = None, column: str = "value") -> pd.DataFrame:
         """A map of one fact: positions down, layers across (0-based). The only fact, where none is named."""
