@@ -9,6 +9,7 @@ So threads that share a model do not see each other's plans, and nothing has to 
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,12 @@ class _Plan:
     writes: Mapping[_Place, Sequence[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
     reads: frozenset[_Place] = frozenset()
     found: dict[_Place, Tensor] = field(default_factory=dict)
+    captures: bool = False
+    """Whether to note what every block is called with."""
+
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By layer, the arguments of the block, by name."""
+
     shape: list[int] = field(default_factory=list)
     """Batch and positions of the pass that runs, noted at its embedding."""
 
@@ -117,6 +124,34 @@ def run(
         logits=logits,
         sites={site: _pick(lm, tokens, site, plan.found[site.layer, site.kind]) for site in sites},
     )
+
+
+def capture_calls(lm: LM, tokens: Tokens, *, read: Sequence[SiteKind] = (), write: Mapping[Site, Write]) -> tuple[
+    Activations, dict[int, dict[str, Any]]
+]:
+    """`run`, and by layer the named arguments each block was called with: masks, positions, rotary embeddings."""
+    plan = _Plan(owner=_owner(lm), captures=True)
+    reset = _plans.set((*_plans.get(), plan))
+    try:
+        return run(lm, tokens, read=read, write=write), plan.calls
+    finally:
+        _plans.reset(reset)
+
+
+def run_block(
+    lm: LM, layer: int, call: Mapping[str, Any], *, write: Mapping[SiteKind, Callable[[Tensor], Tensor]]
+) -> Float[Tensor, "row pos d_model"]:
+    """One block alone: its output for the named arguments of `call`, with functions applied at its sites."""
+    hidden = call["hidden_states"]
+    writes = {(layer, kind): [function] for kind, function in write.items()}
+    plan = _Plan(owner=_owner(lm), writes=writes, shape=list(hidden.shape[:2]))
+    reset = _plans.set((*_plans.get(), plan))
+    try:
+        output = lm.blocks[layer](**call)
+    finally:
+        _plans.reset(reset)
+    out: Tensor = output[0] if isinstance(output, tuple) else output
+    return out
 
 
 @contextmanager
@@ -174,6 +209,11 @@ def _apply(lm: LM, site: Site, value: Write, where: Tensor | None, x: Tensor) ->
     """`x` with `value` at the site's tokens and head."""
     columns = _columns(lm, site, x.shape[-1])
     here = x[..., columns]
+    if where is not None and where.shape[:2] != x.shape[:2]:
+        raise SiteError(
+            f"{site} was found in prompts of shape {tuple(where.shape[:2])}, but other prompts run, of {tuple(x.shape[:2])}. "
+            "Name no token, or run the prompts that were given."
+        )
     new = value(here) if callable(value) else value.to(x)
     try:
         new = new.expand_as(here)
@@ -222,8 +262,8 @@ class _Tap:
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
         return _inert
 
-    def __reduce__(self) -> str:
-        return "_inert"
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         plans = [plan for plan in _plans.get() if plan.owner == self.owner]
@@ -232,9 +272,12 @@ class _Tap:
         key = None if not self.before or args else _hidden_key(kwargs)
         whole = output if not self.before else kwargs if key else args
         x: Tensor = whole[key] if key else whole[0] if isinstance(whole, tuple) else whole
-        if self.place[1] == "embed":
-            for plan in plans:
+        for plan in plans:
+            if self.place[1] == "embed":
                 plan.shape[:] = x.shape[:2]
+            if self.place[1] == "resid_pre" and plan.captures:
+                bound = inspect.signature(module.forward).bind(*args, **kwargs)
+                plan.calls[self.place[0]] = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
         new = self._through(plans, x)
         if new is x:
             return None
@@ -263,6 +306,10 @@ class _Tap:
 
 def _inert(*_: object) -> None:
     """Stands in for a tap in copies of a model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
 
 
 def _hidden_key(kwargs: Mapping[str, Any]) -> str:

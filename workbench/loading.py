@@ -77,7 +77,7 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as error:
         raise ModelError(_why_not(str(name), where, error)) from error
     if device_map is None:
-        model.to(device=place)
+        torch.nn.Module.to(model, place)
     return LM(model, tokenizer, name=str(name), bos=bos)
 
 

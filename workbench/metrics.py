@@ -46,6 +46,48 @@ class Answer:
     """That answer's text."""
 
 
+def score_answer(
+    kind: ScoreKind,
+    logits: Float[Tensor, "row step d_vocab"],
+    answer: Answer,
+    *,
+    clean: Float[Tensor, " d_vocab"] | None = None,
+) -> Float[Tensor, " row"]:
+    """The score of one answer in every row, from the logits where it is predicted.
+
+    Args:
+        kind: which score.
+        logits: at the prompt's last token, and for `p_target` and `logp` at each further token of the answer.
+        answer: what is scored.
+        clean: for `kl`, the clean run's logits at the prompt's last token.
+
+    Returns:
+        One number a row: a probability, nats, logits or a rank.
+
+    Raises:
+        InputError: `logit_diff` without a foil, `kl` without `clean`.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    last, first = logits[:, 0], answer.ids[0]
+    if kind == "p":
+        return last.softmax(-1)[:, first]
+    if kind == "rank":
+        return (last > last[:, [first]]).sum(-1).to(last.dtype)
+    if kind == "logit_diff":
+        if answer.foil_id is None:
+            raise InputError("logit_diff needs a foil: an answer to compare with. Give the fact a target_new.")
+        return last[:, first] - last[:, answer.foil_id]
+    if kind == "kl":
+        if clean is None:
+            raise InputError("kl needs the clean run's logits to compare with.")
+        reference = clean.to(last.dtype).log_softmax(-1)
+        return (reference.exp() * (reference - last.log_softmax(-1))).sum(-1)
+    steps = torch.arange(len(answer.ids), device=logits.device)
+    ids = torch.tensor(answer.ids, device=logits.device)
+    total = logits[:, steps].log_softmax(-1)[:, steps, ids].sum(-1)
+    return total if kind == "logp" else total.exp()
+
+
 def score(
     kind: ScoreKind,
     logits: Float[Tensor, "batch pos d_vocab"],
@@ -69,27 +111,10 @@ def score(
     Raises:
         InputError: `logit_diff` without a foil, `kl` without `clean`.
     """
-    rows = torch.arange(len(tokens), device=logits.device)
-    last = logits[rows, tokens.last].float() if logits.dtype != torch.float64 else logits[rows, tokens.last]
-    first = answer.ids[0]
-    if kind == "p":
-        return last.softmax(-1)[:, first]
-    if kind == "rank":
-        return (last > last[:, [first]]).sum(-1).to(last.dtype)
-    if kind == "logit_diff":
-        if answer.foil_id is None:
-            raise InputError("logit_diff needs a foil: an answer to compare with. Give the fact a target_new.")
-        return last[:, first] - last[:, answer.foil_id]
-    if kind == "kl":
-        if clean is None:
-            raise InputError("kl needs the clean run's logits to compare with.")
-        reference = clean.to(last.dtype).log_softmax(-1)
-        return (reference.exp() * (reference - last.log_softmax(-1))).sum(-1)
-    total = torch.zeros(len(tokens), dtype=last.dtype, device=logits.device)
-    for step, token_id in enumerate(answer.ids):
-        here = logits[rows, tokens.last + step].to(last.dtype)
-        total += here.log_softmax(-1)[:, token_id]
-    return total if kind == "logp" else total.exp()
+    steps = len(answer.ids) if kind in ("p_target", "logp") else 1
+    positions = tokens.last[:, None] + torch.arange(steps, device=logits.device)
+    rows = torch.arange(len(tokens), device=logits.device)[:, None]
+    return score_answer(kind, logits[rows, positions], answer, clean=clean)
 
 
 def top_tokens(lm: LM, logits: Float[Tensor, " d_vocab"], k: int = 10) -> list[tuple[str, float]]:

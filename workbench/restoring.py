@@ -6,7 +6,7 @@ engines take the same `Restoration` and the same cells, and must give the same n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.hooks import Activations, Write, run
 from workbench.models import LM, Tokens
+from workbench.progress import track
 from workbench.sites import Site, SiteKind
 
 
@@ -54,8 +55,23 @@ class Restoration:
     sever: SiteKind | None
     """`attn_out` or `mlp_out`: these outputs, at the restored token in all layers, are held at their corrupted values."""
 
-    score: Callable[[Float[Tensor, "sample pos d_vocab"], Tokens], Float[Tensor, " sample"]]
-    """Logits and prompts to one number a row."""
+    steps: int
+    """How many tokens of the answer are scored: at so many positions, from the prompt's last token on, logits are needed."""
+
+    score: Callable[[Float[Tensor, "row step d_vocab"]], Float[Tensor, " row"]]
+    """Logits at those positions to one number a row."""
+
+    def answer_logits(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row step d_vocab"]:
+        """The logits at the positions where the answer is predicted."""
+        first = self.clean.lengths[0] - 1
+        return logits[:, first : first + self.steps]
+
+    def first_changed(self) -> int:
+        """The first position at which a corrupted row differs from the clean one."""
+        changed = (self.corrupted.ids != self.clean.ids).any(0)
+        if self.noise is not None:
+            changed = changed | (self.noise != 0).any(-1).any(0).to(changed.device)
+        return int(changed.nonzero()[0]) if bool(changed.any()) else self.clean.ids.shape[1]
 
     def corruption(self) -> dict[Site, Write]:
         """What to write to get the corrupted run."""
@@ -75,18 +91,18 @@ class Restoration:
         return run(lm, self.corrupted, read=read, write=self.corruption())
 
 
-def restore_by_loop(lm: LM, problem: Restoration, cells: Iterable[Cell]) -> Iterator[Float[Tensor, " sample"]]:
+def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Float[Tensor, "cell sample"]:
     """The score of every cell for every noise sample, one forward pass at a time.
 
     1. One clean run: the activations to restore. With a severed path also one corrupted run: the outputs to hold.
     2. For each cell: corrupt the prompt, hold the severed outputs at the cell's token in all layers, restore the cell's
        outputs, score.
     """
-    cells = list(cells)
     kinds: list[SiteKind] = sorted({cell.kind for cell in cells})
     clean = run(lm, problem.clean, read=kinds)
     held = problem.corrupted_run(lm, read=(problem.sever,)) if problem.sever else None
-    for cell in cells:
+    scores = []
+    for cell in track(cells, "cells", len(cells)):
         write = problem.corruption()
         if held is not None and problem.sever is not None:
             for site in lm.sites(problem.sever):
@@ -94,4 +110,5 @@ def restore_by_loop(lm: LM, problem: Restoration, cells: Iterable[Cell]) -> Iter
         for layer in cell.layers:
             site = Site(layer=layer, kind=cell.kind)
             write[Site(layer=layer, kind=cell.kind, token=cell.position)] = clean[site]
-        yield problem.score(run(lm, problem.corrupted, write=write).logits, problem.corrupted)
+        scores.append(problem.score(problem.answer_logits(run(lm, problem.corrupted, write=write).logits)))
+    return torch.stack(scores)

@@ -155,7 +155,8 @@ class Footprint(Result):
     def tokens(self, fact: str | None = None) -> pd.DataFrame:
         """The prompt tokens of a fact: position (index), text, token (its role)."""
         rows = self.of(fact=self._only(fact)).drop_duplicates("position").set_index("position")
-        return rows[["text", "token"]].sort_index()
+        tokens: pd.DataFrame = rows[["text", "token"]].sort_index()
+        return tokens
 
     def profile(self, *, kind: str, token: str | None = None) -> pd.DataFrame:
         """The effect by layer: per fact the mean over the tokens of a role (default: the maximum over tokens), then over facts.

@@ -26,10 +26,10 @@ from workbench.locators.base import Locator
 from workbench.metrics import Answer, ScoreKind
 from workbench.models import LM, Tokens
 from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
-from workbench.progress import track
 from workbench.restoring import Cell, Restoration, restore_by_loop
 from workbench.results import Footprint
 from workbench.sites import Role, Site, SiteKind, window
+from workbench.sweep import restore_by_sweep, sweepable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,9 @@ class CausalTrace(Locator):
     token: Role | None = None
     """Restore only at tokens of this role (e.g. `subject_last` for a severed trace); None: at every token."""
 
+    engine: Literal["sweep", "loop"] = "sweep"
+    """`sweep` computes the whole map in one pass over the layers; `loop` one forward pass per cell, the reference it is tested against."""
+
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise FactError(f"{self.samples} noise samples were asked for, expected 1 or more.")
@@ -123,14 +126,11 @@ class CausalTrace(Locator):
         problem, sigma, foil = self._problem(lm, fact, answer, clean)
         answer = foil
         cells = self._cells(lm, problem.clean)
-        clean_score = float(problem.score(run(lm, problem.clean).logits, problem.clean)[0])
-        low = problem.score(problem.corrupted_run(lm).logits, problem.corrupted).double().cpu().numpy()
-        scores = np.stack(
-            [
-                row.double().cpu().numpy()
-                for row in track(restore_by_loop(lm, problem, cells), f"trace {fact.subject}", len(cells))
-            ]
-        )
+        clean_score = float(problem.score(problem.answer_logits(run(lm, problem.clean).logits))[0])
+        low = problem.score(problem.answer_logits(problem.corrupted_run(lm).logits)).double().cpu().numpy()
+        why_not = "asked for" if self.engine == "loop" else sweepable(lm, cells)
+        restored = restore_by_loop(lm, problem, cells) if why_not else restore_by_sweep(lm, problem, cells)
+        scores = restored.double().cpu().numpy()
         table, samples = self._tables(fact, problem.clean, cells, scores, low)
         top = int(clean.last_logits[0].argmax())
         facts = pd.DataFrame(
@@ -150,7 +150,7 @@ class CausalTrace(Locator):
                 }
             ]
         )
-        run_manifest = self._manifest(lm, fact, sigma=sigma, unit=f"indirect effect in {self.score}", engine="loop")
+        run_manifest = self._manifest(lm, fact, sigma=sigma, unit=f"indirect effect in {self.score}", engine=f"loop: {why_not}" if why_not else "sweep")
         return Footprint(table=table, run=run_manifest, extras={"facts": facts, "samples": samples})
 
     @property
@@ -188,7 +188,8 @@ class CausalTrace(Locator):
             noise=noise,
             replace=self.replace,
             sever=None if self.sever == "none" else self.sever,
-            score=partial(_score, self.score, answer, clean.last_logits[0]),
+            steps=len(answer.ids) if whole else 1,
+            score=partial(metrics.score_answer, self.score, answer=answer, clean=clean.last_logits[0]),
         )
         return problem, sigma, answer
 
@@ -280,10 +281,6 @@ def _swapped(lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, 
         f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. "
         "Give substitutes=(...) of equal length."
     )
-
-
-def _score(kind: ScoreKind, answer: Answer, clean: torch.Tensor, logits: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    return metrics.score(kind, logits, tokens, answer, clean=clean)
 
 
 def _standard_error(x: np.ndarray) -> np.ndarray:
