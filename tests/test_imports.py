@@ -18,6 +18,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: (
         "workbench.errors",
         "workbench.facts",
+        "workbench.forms",
         "workbench.progress",
         "workbench.registry",
         "workbench.sites",
@@ -32,16 +33,19 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.zoo",
     ),
     2: (
+        "workbench.export",
         "workbench.hooks",
         "workbench.jobs",
         "workbench.metrics",
         "workbench.paper",
         "workbench.plots",
+        "workbench.restoring",
         "workbench.sweep",
     ),
-    3: ("workbench.checks", "workbench.moments", "workbench.noise", "workbench.restoring", "workbench.store"),
+    3: ("workbench.checks", "workbench.moments", "workbench.noise", "workbench.store"),
     4: (
         "workbench",  # only the names it offers
+        "workbench.asked",
         "workbench.editors",
         "workbench.lens_bridge",
         "workbench.locators",
