@@ -278,7 +278,7 @@ class LM:
         for index, item in enumerate(items):
             text = item.text if isinstance(item, Fact) else item
             ids, offsets = self._tokenize(text)
-            spans.append(_token_span(item, offsets) if isinstance(item, Fact) else None)
+            spans.append(self._token_span(item, ids, offsets) if isinstance(item, Fact) else None)
             texts.append(self._labels(ids, offsets, text))
             lengths.append(len(ids))
             rows.append(ids + self.target_ids(text, targets[index])[:-1] if targets else ids)
@@ -337,14 +337,16 @@ class LM:
             labels.append(piece if piece else self.tokenizer.convert_ids_to_tokens(token_id))
         return tuple(labels)
 
+    def _token_span(self, fact: Fact, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[int, int]:
+        """The tokens that share a character with the subject, as first and one-past-last.
 
-def _token_span(fact: Fact, offsets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The tokens that share a character with the subject, as first and one-past-last.
-
-    By offsets and not by decoding, so that BOS, byte-level and sentencepiece tokens, and characters of several bytes are all right.
-    """
-    start, stop = fact.span
-    inside = [i for i, (first, end) in enumerate(offsets) if first < stop and end > start]
-    if not inside:
-        raise ModelError(f"No token covers the subject {fact.subject!r} of {fact.text!r}. Choose a longer subject.")
-    return inside[0], inside[-1] + 1
+        By offsets and not by decoding, so that BOS, byte-level and sentencepiece tokens, and characters of several bytes are all
+        right. The lone space that sentencepiece puts before a text counts as its first character's, but it is no subject token.
+        """
+        start, stop = fact.span
+        inside = [i for i, (first, end) in enumerate(offsets) if first < stop and end > start]
+        while len(inside) > 1 and not self.word(ids[inside[0]]).strip():
+            inside = inside[1:]
+        if not inside:
+            raise ModelError(f"No token covers the subject {fact.subject!r} of {fact.text!r}. Choose a longer subject.")
+        return inside[0], inside[-1] + 1

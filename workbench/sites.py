@@ -52,9 +52,9 @@ class SiteError(InputError):
     """A site that does not exist, or text that does not spell one."""
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
+@dataclass(frozen=True, kw_only=True)
 class Site:
-    """One place in a model.
+    """One place in a model. Sites sort by layer, then in the order of `KINDS`, all tokens before positions before roles.
 
     Raises:
         SiteError: an unknown kind or role, a head outside of `z`, or a negative layer.
@@ -81,6 +81,20 @@ class Site:
             raise SiteError(f"Unknown token role {self.token!r}. Use a position or one of {', '.join(ROLES)}.")
         if self.head is not None and self.kind != "z":
             raise SiteError(f"A head was given for {self.kind!r}. Heads exist at 'z' only.")
+
+    def __lt__(self, other: Site) -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        token = (
+            (0, 0)
+            if self.token is None
+            else (2, ROLES.index(self.token))
+            if isinstance(self.token, str)
+            else (1, self.token)
+        )
+        return self.layer, KINDS.index(self.kind), *token, -1 if self.head is None else self.head
 
     def __str__(self) -> str:
         place = self.kind if self.kind == "embed" else f"L{self.layer}.{self.kind}"
