@@ -5,7 +5,7 @@
 # make clean   remove what the above made
 #
 # PYTHON=python3.12      which Python makes .venv (3.10 or newer)
-# TORCH_INDEX=<url>      where torch comes from, such as https://download.pytorch.org/whl/cpu for the small build without CUDA
+# TORCH_INDEX=<url>      one more place to look for torch: https://download.pytorch.org/whl/cpu has small builds without CUDA
 # WORKERS=4              processes for pytest; ARGS="-k rome" adds to its command line
 
 PYTHON ?= python3
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "make: '$(PYTHON)' cannot make virtual environments. Install its venv module first (on Debian: apt install python3-venv)."; exit 1; }
 	@echo "Setting up $(VENV). The first time takes some minutes; later only when pyproject.toml or constraints.txt change."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
