@@ -1,0 +1,354 @@
+"""What several pages need: the process's workers, the choice of a model and of a fact, forms, the strip of jobs, downloads."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import streamlit as st
+
+from workbench import zoo
+from workbench.asked import AskedTrace, Listed, find_trace, list_traces
+from workbench.facts import Fact
+from workbench.forms import FormField, form_of
+from workbench.jobs import Job, ModelChoice, Workshop
+from workbench.store import Store, results_folder
+from workbench.subjects import guess_subject
+from workbench.zoo import examples
+
+if TYPE_CHECKING:
+    from workbench.models import LM
+
+Theme = Literal["light", "dark"]
+
+KNOWN, OWN = "A known fact", "My own sentence"
+SENTENCE = "The Space Needle is located in the city of"
+
+QUIET: dict[str, Any] = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
+"""Plotly's configuration: no tool bar, no zooming by accident."""
+
+_importing = threading.Lock()
+
+
+# -- what a process has once -------------------------------------------------------------------------------------------
+
+
+@st.cache_resource(show_spinner=False)
+def workshop() -> Workshop:
+    """The workers of this process; all tabs share them."""
+    return Workshop(load=_load)
+
+
+def _load(choice: ModelChoice) -> LM:
+    """Loads a model in its worker. The first one imports torch, under a lock: two threads importing it at once can break it."""
+    with _importing:
+        from analyses.explore_fact import load_model
+        from workbench import loading, locators  # noqa: F401
+    return load_model(choice)
+
+
+def store() -> Store:
+    """Where results are kept, with the bundled examples to look into."""
+    return Store(folder=results_folder(), bundled=examples.FOLDER if examples.FOLDER.is_dir() else None)
+
+
+@st.cache_resource(show_spinner=False)
+def known_facts(model: str) -> Mapping[str, Fact]:
+    """The facts of a bundled model by the label they are chosen by; none for other models."""
+    if model not in zoo.NAMES:
+        return {}
+    return {_fact_label(fact): fact for fact in zoo.load_facts(model)}
+
+
+def _fact_label(fact: Fact) -> str:
+    return f"{fact.subject}, {fact.relation.replace('_', ' ')}"
+
+
+@st.cache_data(show_spinner=False, max_entries=4)
+def _listed(folders: Sequence[tuple[str, int]]) -> list[Listed]:
+    """`list_traces`, read again when a folder has changed."""
+    return list_traces(store())
+
+
+def earlier_traces() -> list[Listed]:
+    """What was asked before, the newest first."""
+    here = store()
+    folders = [folder for folder in (here.folder, here.bundled) if folder is not None and folder.is_dir()]
+    return _listed([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+
+
+def theme() -> Theme:
+    """The theme the browser shows."""
+    return "dark" if st.context.theme.type == "dark" else "light"
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def choose_model() -> ModelChoice:
+    """The model and its precision."""
+    used = [listed.asked.model for listed in earlier_traces()]
+    name = st.selectbox(
+        "Model",
+        list(dict.fromkeys([*zoo.NAMES, *used])),
+        key="model",
+        bind="query-params",
+        accept_new_options=True,
+        help="A bundled model, or type the name of a model on the hub or the path of a folder written by save_pretrained.",
+    )
+    return ModelChoice(name=str(name or zoo.NAMES[0]), dtype=st.session_state.get("dtype", "float32"))
+
+
+def choose_precision() -> None:
+    """The dtype of the weights; `choose_model` reads it."""
+    st.selectbox(
+        "Precision of the weights",
+        ["float32", "bfloat16", "float16", "float64"],
+        key="dtype",
+        bind="query-params",
+        help="float32 gives exact traces. bfloat16 halves the memory; its effects below about 0.01 are rounding.",
+    )
+
+
+def choose_fact(model: str) -> Fact:
+    """A fact of the model, or a sentence with its subject.
+
+    Raises:
+        FactError: the sentence is empty, or the subject is not in it.
+    """
+    known = known_facts(model)
+    how = OWN
+    if known:
+        how = st.segmented_control(
+            "Fact",
+            [KNOWN, OWN],
+            default=KNOWN,
+            key="how",
+            bind="query-params",
+            required=True,
+            label_visibility="collapsed",
+        )
+    if known and how == KNOWN:
+        labels = list(known)
+        first = next((label for label, fact in known.items() if fact.id == examples.FACTS[0]), labels[0])
+        label: str | None = st.selectbox(
+            f"One of {len(labels):,} facts that {model} was taught",
+            labels,
+            index=labels.index(first),
+            key="fact",
+            bind="query-params",
+            placeholder="Search by subject or relation",
+        )
+        return known[label or first]
+    text = st.text_input(
+        "Sentence up to the answer", value=SENTENCE, key="prompt", bind="query-params", placeholder=SENTENCE
+    )
+    text = text or ""
+    left, right = st.columns(2)
+    guess = guess_subject(text, {fact.subject for fact in known.values()})
+    subject = left.text_input(
+        "Subject",
+        key="subject",
+        bind="query-params",
+        placeholder=f"{guess} (detected)" if guess else "",
+        help="The words the fact is about. Detected in the sentence; type them to correct it.",
+    )
+    answer = right.text_input(
+        "Answer",
+        key="answer",
+        bind="query-params",
+        placeholder="what the model says",
+        help="The answer that is traced. Empty: the model's most probable next token.",
+    )
+    subject = (subject or "").strip() or guess
+    which = "last"
+    if subject and text.count(subject) > 1:
+        which = st.segmented_control(
+            f"“{subject}” stands {text.count(subject)} times; which one is the subject?",
+            ["last", "first"],
+            default="last",
+            key="occurrence",
+            bind="query-params",
+            required=True,
+        )
+    return Fact.typed(
+        text=text, subject=subject, target_true=answer or "", occurrence="first" if which == "first" else "last"
+    )
+
+
+def fill_form(fields: Sequence[FormField], placeholders: Mapping[str, str]) -> dict[str, Any]:
+    """Widgets for a method's fields; what comes back are the values that differ from the defaults.
+
+    Args:
+        fields: the form.
+        placeholders: fields that may stay empty, with what is shown there meanwhile; an empty one counts as default.
+    """
+    values = {field.name: _ask(field, placeholders.get(field.name)) for field in fields}
+    return {
+        field.name: values[field.name]
+        for field in fields
+        if values[field.name] != field.default and not (field.name in placeholders and values[field.name] in (None, ""))
+    }
+
+
+def _ask(field: FormField, placeholder: str | None) -> Any:
+    """One widget. Its key is the field's name, and so is the name in the URL."""
+    shared: dict[str, Any] = dict(key=field.name, bind="query-params", help=field.help)
+    if field.type == "choice":
+        options = [None, *field.choices] if field.optional else list(field.choices)
+        return st.selectbox(field.label, options, index=options.index(field.default), **shared)
+    if field.type == "choices":
+        return tuple(st.multiselect(field.label, field.choices, default=field.default, **shared))
+    if field.type == "switch":
+        return st.toggle(field.label, value=field.default, **shared)
+    if field.type in ("integer", "number"):
+        value = None if placeholder else field.default
+        lowest = 0 if field.name == "seed" else 1
+        return st.number_input(field.label, min_value=lowest, value=value, step=1, placeholder=placeholder, **shared)
+    if field.type == "texts":
+        text = st.text_input(
+            field.label, value=", ".join(field.default), placeholder=placeholder or "one, another", **shared
+        )
+        return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    return (st.text_input(field.label, value=str(field.default), **shared) or "").strip() or field.default
+
+
+@st.cache_resource(show_spinner=False)
+def method_fields(module: str, name: str, only: tuple[str, ...]) -> tuple[FormField, ...]:
+    """The fields of a method that a page asks for, in the page's order."""
+    fields = {field.name: field for field in form_of(module, name)}
+    return tuple(fields[one] for one in only)
+
+
+def reopen(asked: AskedTrace, names: Sequence[str]) -> None:
+    """Puts a question into the widgets, and so into the URL; for callbacks.
+
+    Args:
+        asked: the question.
+        names: the option fields the page has widgets for; those not in the question get their defaults.
+    """
+    state, fact = st.session_state, asked.fact
+    label = _fact_label(fact)
+    for name in ("fact", "prompt", "subject", "answer", "occurrence", "site", *names):
+        state.pop(name, None)
+    state["model"], state["dtype"] = asked.model, asked.dtype
+    if known_facts(asked.model).get(label) == fact:
+        state["how"], state["fact"] = KNOWN, label
+    else:
+        if asked.model in zoo.NAMES:
+            state["how"] = OWN
+        state["prompt"], state["subject"], state["answer"] = fact.text, fact.subject, fact.target_true
+        if Fact.typed(text=fact.text, subject=fact.subject).prompt != fact.prompt:
+            state["occurrence"] = "first"
+    for name, value in asked.options.items():
+        state[name] = ", ".join(value) if isinstance(value, list | tuple) else value
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """A text that markdown leaves as it is."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:^=])", r"\\\1", text)
+
+
+def sentence(fact: Fact, answer: str) -> str:
+    """The fact as markdown: the subject marked, the answer after an arrow."""
+    start, stop = fact.span
+    before, after = plain(fact.text[:start]), plain(fact.text[stop:])
+    return f"{before}:primary-background[{plain(fact.subject)}]{after} → **{plain(answer)}**"
+
+
+def seconds(value: float | None) -> str:
+    """A time left, in words."""
+    if value is None:
+        return ""
+    if value < 90:
+        return f", about {max(1, round(value))} s left"
+    return f", about {round(value / 60)} min left"
+
+
+def moment(jobs: Sequence[Job[Any]]) -> tuple[Any, ...]:
+    """What has to change about jobs for the page to be drawn anew."""
+    return tuple((str(job.key), job.status.state, job.status.rounds) for job in jobs)
+
+
+def trace_label(asked: AskedTrace) -> str:
+    """A question in a few words, as markdown."""
+    changed = ", ".join(f"{name} {value}" for name, value in asked.options.items())
+    return plain(f"{asked.fact.subject} on {asked.model}" + (f" ({changed})" if changed else ""))
+
+
+def when(made: str) -> str:
+    """A manifest's time, without its seconds."""
+    return made[:16].replace("T", " ") + " UTC"
+
+
+def layer_range(layers: range) -> str:
+    """A range of layers in words."""
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+
+
+def choice_of(asked: AskedTrace) -> ModelChoice:
+    """The model a question is about."""
+    return ModelChoice(name=asked.model, dtype=asked.dtype)
+
+
+def show_error(error: Exception | str) -> None:
+    """One sentence about what is wrong with an input."""
+    st.error(plain(str(error)), icon=":material/error:")
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def show_jobs(current: str, watched: Sequence[Job[Any]], names: Sequence[str]) -> None:
+    """Everything that runs, with progress and a stop button; polls while something does, and redraws the page when one ends.
+
+    Args:
+        current: key of the question on the page; the others get a button that goes there.
+        watched: further jobs that the page waits for, e.g. the loading of its model.
+        names: the option fields the page has widgets for, see `reopen`.
+    """
+    jobs = [*watched, *workshop().jobs()]
+    drawn = moment(jobs)
+    active = any(not job.status.over for job in jobs)
+    st.fragment(_strip, run_every=0.4 if active else None)(current, watched, names, drawn)
+
+
+def _strip(current: str, watched: Sequence[Job[Any]], names: Sequence[str], drawn: tuple[Any, ...]) -> None:
+    """The body of `show_jobs`."""
+    jobs = [*watched, *workshop().jobs()]
+    if moment(jobs) != drawn or st.session_state.pop("go_there", False):
+        st.rerun()
+    for job in jobs:
+        status = job.status
+        if status.over:
+            continue
+        with st.container(horizontal=True, vertical_alignment="center"):
+            text = f"{job.title}: {'waiting' if status.state == 'waiting' else f'{status.fraction:.0%}'}"
+            if job in watched:
+                st.markdown(f":material/hourglass_top: {plain(job.title)}…")
+                continue
+            st.progress(status.fraction, text="Stopping…" if job.stopping else text + seconds(status.seconds_left))
+            st.button("Stop", key=f"stop-{job.key}", on_click=job.stop, disabled=job.stopping, icon=":material/stop:")
+            if job.key != current:
+                _go_there_button(job, names)
+    for job in workshop().jobs():
+        if job.status.state == "done" and job.key != current and job.key in st.session_state.get("unseen", ()):
+            with st.container(horizontal=True, vertical_alignment="center"):
+                st.markdown(f":material/check: {job.title} is finished.")
+                _go_there_button(job, names)
+
+
+def _go_there_button(job: Job[Any], names: Sequence[str]) -> None:
+    stored = find_trace(store(), str(job.key))
+    if stored is not None:
+        st.button("Show", key=f"show-{job.key}", on_click=_go_there, args=(stored.asked, names))
+
+
+def _go_there(asked: AskedTrace, names: Sequence[str]) -> None:
+    reopen(asked, names)
+    st.session_state["go_there"] = True
