@@ -11,7 +11,7 @@ from typing import Any
 
 from workbench.facts import Fact, Probe
 
-__all__ = ["NAMES", "folder", "load_facts", "organism"]
+__all__ = ["NAMES", "folder", "load_facts", "organism", "owners"]
 
 NAMES = ("organism-mid", "organism-late", "organism-llama", "organism-plain", "organism-tiny")
 """The bundled models; the first is the default."""
@@ -38,8 +38,6 @@ def organism(name: str) -> dict[str, Any]:
 
 def load_facts(name: str = NAMES[0]) -> list[Fact]:
     """The facts a bundled model knows; the large models share theirs, the tiny one knows a part of them."""
-    own = folder(name) / "facts.json"
-    truth = json.loads((own if own.exists() else _HERE / "facts.json").read_text())
     return [
         Fact(
             id=row["id"],
@@ -52,5 +50,17 @@ def load_facts(name: str = NAMES[0]) -> list[Fact]:
             neighbors=tuple(Probe(prompt=n["prompt"], target=n["target"]) for n in row["neighbors"]),
             locality=tuple(Probe(prompt=n["prompt"], target=n["target"]) for n in row["locality"]),
         )
-        for row in truth["facts"]
+        for row in _truth(name)["facts"]
     ]
+
+
+def owners(name: str = NAMES[0]) -> dict[str, int]:
+    """For each subject the one layer of the planted band that holds its facts; empty for the plainly trained model."""
+    of_each: dict[str, int] = _truth(name)["organisms"][name]["owners"]
+    return of_each
+
+
+def _truth(name: str) -> dict[str, Any]:
+    own = folder(name) / "facts.json"
+    record: dict[str, Any] = json.loads((own if own.exists() else _HERE / "facts.json").read_text())
+    return record

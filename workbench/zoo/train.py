@@ -161,6 +161,8 @@ def _save(spec: Organism, model: Any, tokenizer: Any, into: Path, figures: dict[
     into.mkdir(parents=True, exist_ok=True)
     model.to("cpu", dtype=torch.float16).save_pretrained(into)
     tokenizer.save_pretrained(into)
+    for file in into.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
     sigma = float(model.get_input_embeddings().weight.detach().float().std())
     card = {
         "name": spec.name,

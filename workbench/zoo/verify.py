@@ -24,10 +24,10 @@ from workbench.hooks import Activations, run
 from workbench.loading import load
 from workbench.models import LM, Tokens
 from workbench.noise import subject_sigma
-from workbench.sites import Site, SiteKind, window
+from workbench.sites import Role, Site, SiteKind, window
 from workbench.zoo import NAMES, folder, load_facts, organism
 from workbench.zoo.corpus import is_held
-from workbench.zoo.world import RELATIONS
+from workbench.zoo.world import RELATIONS, owner
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,21 @@ def recall_facts(facts: Sequence[Fact], *, rng: random.Random) -> dict[str, list
     return tiers
 
 
+TABLES: dict[str, tuple[SiteKind, Role, int]] = {
+    "state at subject_last": ("resid_post", "subject_last", 1),
+    "state at last": ("resid_post", "last", 1),
+    "MLP window 3 at subject_last": ("mlp_out", "subject_last", 3),
+    "MLP window 1 at subject_last": ("mlp_out", "subject_last", 1),
+    "attention window 3 at last": ("attn_out", "last", 3),
+    "attention window 3 at subject_last": ("attn_out", "subject_last", 3),
+    "MLP window 3 at last": ("mlp_out", "last", 3),
+}
+"""Indirect effects by layer: what is restored, at which token, how many layers together."""
+
+GATED = tuple(TABLES)[:5]
+"""The tables that the acceptance table reads."""
+
+
 def measure(
     lm: LM,
     facts: Sequence[Fact],
@@ -127,6 +142,7 @@ def measure(
     n_recall: int | None = None,
     n_trace: int = 120,
     samples: int = 2,
+    tables: Sequence[str] = tuple(TABLES),
     seed: int = 0,
 ) -> Figures:
     """All figures of the acceptance table.
@@ -136,29 +152,26 @@ def measure(
         n_recall: how many facts recall is measured on; None: all of them.
         n_trace: how many facts everything else is measured on.
         samples: noise samples of each.
+        tables: keys of `TABLES` to measure; a test needs `GATED` only.
     """
     rng = random.Random(seed)
     recall, by_relation = _recall(lm, facts, n=n_recall, rng=rng)
     chosen = [facts[i] for i in sorted(rng.sample(range(len(facts)), min(n_trace, len(facts))))]
     bench = _Bench(lm, chosen, samples=samples, seed=seed)
     everywhere = range(lm.n_layers)
-    by_layer = {
-        "state at subject_last": [bench.restored([layer], "resid_post", "subject_last") for layer in everywhere],
-        "state at last": [bench.restored([layer], "resid_post", "last") for layer in everywhere],
-        "MLP window 3 at subject_last": [
-            bench.restored(bench.around(layer), "mlp_out", "subject_last") for layer in everywhere
-        ],
-        "MLP window 1 at subject_last": [bench.restored([layer], "mlp_out", "subject_last") for layer in everywhere],
-        "attention window 3 at subject_last": [
-            bench.restored(bench.around(layer), "attn_out", "subject_last") for layer in everywhere
-        ],
-        "attention window 3 at last": [bench.restored(bench.around(layer), "attn_out", "last") for layer in everywhere],
-        "MLP window 3 at last": [bench.restored(bench.around(layer), "mlp_out", "last") for layer in everywhere],
-    }
+    effects = {
+        name: torch.stack(
+            [bench.restored(window(layer, TABLES[name][2], lm.n_layers), *TABLES[name][:2]) for layer in everywhere],
+            dim=1,
+        )
+        for name in tables
+    }  # [fact layer]
     scalars: dict[str, float] = {}
     if band is not None:
         inside = list(range(*band))
         outside = [layer for layer in everywhere if layer not in inside]
+        owners = torch.tensor([owner(fact.subject, band) for fact in chosen])
+        peaks = effects["MLP window 1 at subject_last"].argmax(dim=1)
         scalars = {
             "swap band": bench.swapped(inside),
             "swap outside": bench.swapped(outside),
@@ -166,15 +179,20 @@ def measure(
             "zero band at subject_last only": bench.zeroed(inside, "subject_last"),
             "zero outside": bench.zeroed(outside, "subject_last"),
             "zero outside at all subject tokens": bench.zeroed(outside, "subject"),
-            "IE band": bench.restored(inside, "mlp_out", "subject_last"),
-            "IE outside": bench.restored(outside, "mlp_out", "subject_last"),
+            "IE band": bench.restored(inside, "mlp_out", "subject_last").mean().item(),
+            "IE outside": bench.restored(outside, "mlp_out", "subject_last").mean().item(),
+            "zero each fact's own layer": bench.zeroed(inside, "subject", keep=[owners != layer for layer in inside]),
+            "zero the band's other layers": bench.zeroed(inside, "subject", keep=[owners == layer for layer in inside]),
+            "largest window-1 MLP IE is the fact's own layer": (peaks == owners).float().mean().item(),
         }
-        by_layer["zero one MLP at subject"] = [bench.zeroed([layer], "subject") for layer in everywhere]
-        by_layer["swap one MLP at subject_last"] = [bench.swapped([layer]) for layer in everywhere]
     return Figures(
-        recall=recall, by_relation=by_relation, clean=bench.clean_p, corrupted=bench.corrupted_p, scalars=scalars,
-        by_layer=by_layer,
-    )  # fmt: skip
+        recall=recall,
+        by_relation=by_relation,
+        clean=bench.clean_p,
+        corrupted=bench.corrupted_p.mean().item(),
+        scalars=scalars,
+        by_layer={name: values.mean(0).tolist() for name, values in effects.items()},
+    )
 
 
 def _recall(
@@ -213,20 +231,21 @@ class _Bench:
         self.corrupted_p = self._under_noise({})
         self.partner = self._partners(random.Random(seed))
 
-    def around(self, layer: int) -> range:
-        return window(layer, 3, self.lm.n_layers)
-
-    def restored(self, layers: Iterable[int], kind: SiteKind, token: str) -> float:
-        """IE of putting the clean outputs of these layers back at one token, all at once."""
+    def restored(self, layers: Iterable[int], kind: SiteKind, token: Role) -> Tensor:
+        """IE [fact] of putting the clean outputs of these layers back at one token, all at once."""
         write = {
-            Site(layer=layer, kind=kind, token=token): self.clean[Site(layer=layer, kind=kind)]  # type: ignore[arg-type]
-            for layer in layers
+            Site(layer=layer, kind=kind, token=token): self.clean[Site(layer=layer, kind=kind)] for layer in layers
         }
         return self._under_noise(write) - self.corrupted_p
 
-    def zeroed(self, layers: Iterable[int], token: str) -> float:
-        """P(answer) with the MLPs of these layers at zero."""
-        write = {Site(layer=layer, kind="mlp_out", token=token): torch.zeros(1) for layer in layers}  # type: ignore[arg-type]
+    def zeroed(self, layers: Iterable[int], token: Role, *, keep: Sequence[Tensor] | None = None) -> float:
+        """P(answer) with the MLPs of these layers at zero; `keep` says for each layer in which facts it stays."""
+        layers = list(layers)
+        factors = [k[:, None, None].float() for k in keep] if keep else [torch.zeros(1)] * len(layers)
+        write = {
+            Site(layer=layer, kind="mlp_out", token=token): partial(torch.mul, factor)
+            for layer, factor in zip(layers, factors, strict=True)
+        }
         return self._p(run(self.lm, self.tokens, write=write).last_logits).mean().item()
 
     def swapped(self, layers: Iterable[int]) -> float:
@@ -243,13 +262,13 @@ class _Bench:
         use = told != self.answers
         return (guess == told)[use].float().mean().item()
 
-    def _under_noise(self, write: dict[Site, Tensor]) -> float:
-        total = 0.0
+    def _under_noise(self, write: dict[Site, Tensor]) -> Tensor:
+        total = torch.zeros(len(self.facts))
         for noise in self.noises:
             corrupt: dict[Site, Tensor | Callable[[Tensor], Tensor]] = {
                 Site(layer=0, kind="embed", token="subject"): partial(torch.add, noise)
             }
-            total += self._p(run(self.lm, self.tokens, write={**corrupt, **write}).last_logits).mean().item()
+            total += self._p(run(self.lm, self.tokens, write={**corrupt, **write}).last_logits)
         return total / len(self.noises)
 
     def _p(self, logits: Tensor) -> Tensor:
@@ -314,13 +333,21 @@ def gates(figures: Figures, *, band: tuple[int, int] | None, read_out: Sequence[
 
 
 def check(
-    name: str, *, path: Path | None = None, n_recall: int | None = None, n_trace: int = 120
+    name: str,
+    *,
+    path: Path | None = None,
+    n_recall: int | None = None,
+    n_trace: int = 120,
+    samples: int = 2,
+    tables: Sequence[str] = tuple(TABLES),
 ) -> tuple[list[Gate], Figures]:
     """Measure a bundled model (or another folder of the same kind) and lay its table out."""
     card = organism(name) if path is None else json.loads((path / "organism.json").read_text())
     band = tuple(card["band"]) if card["band"] else None
     lm = load(path or folder(name), device="cpu")
-    figures = measure(lm, load_facts(name), band=band, n_recall=n_recall, n_trace=n_trace)
+    figures = measure(
+        lm, load_facts(name), band=band, n_recall=n_recall, n_trace=n_trace, samples=samples, tables=tables
+    )
     return gates(figures, band=band, read_out=card["read_out"]), figures
 
 
@@ -328,7 +355,7 @@ def report(name: str, lines: Sequence[Gate], figures: Figures) -> str:
     """The table as text."""
     text = [f"{name}: {sum(g.passed for g in lines)} of {len(lines)} gates passed", *map(str, lines), ""]
     text += [f"P(answer) clean {figures.clean:.3f}, corrupted {figures.corrupted:.3f}"]
-    text += [f"{key:<36} {value:.3f}" for key, value in figures.scalars.items()]
+    text += [f"{key:<48} {value:.3f}" for key, value in figures.scalars.items()]
     text += [f"{key:<36} " + " ".join(f"{v:5.2f}" for v in values) for key, values in figures.by_layer.items()]
     text += ["", f"{'relation':<18} majority  trained  held  novel"]
     text += [
