@@ -194,7 +194,7 @@ def profile(
         handles, labels = axes[0].get_legend_handles_labels()
         legend = figure.legend(
             handles, labels, loc="outside lower center", ncols=min(len(labels), 3 if width > 5 else 2), frameon=False,
-            handlelength=1.4, columnspacing=1.2, labelspacing=0.25, borderaxespad=0,
+            fontsize=7, handlelength=1.4, columnspacing=1.2, labelspacing=0.25, borderaxespad=0,
         )  # fmt: skip
         for text in legend.get_texts():
             _write(text, text.get_text())
@@ -289,13 +289,13 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
         )  # fmt: skip
         _write(note, "planted", size=6)
         ax.title.set_y(1.0)
-        ax.set_title(ax.title.get_text(), pad=12)
+        ax.set_title(ax.title.get_text(), pad=13)
         _write(ax.title, panel.title, size=8)
     _bar(figure, ax, mesh, panel)
 
 
 def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, panel: Panel) -> None:
-    """The colour bar, its name below as in ROME's figures."""
+    """The colour bar; a short name stands above it, a long one beside it."""
     bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02, aspect=18)
     assert bar.solids is not None  # a bar of a mesh has them
     bar.solids.set(rasterized=False, edgecolor="face", linewidth=0.2)
@@ -303,7 +303,12 @@ def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, panel: Panel) -> None:
     bar.outline.set_edgecolor(_FRAME)
     bar.ax.tick_params(length=1.5, width=0.4, color=_FRAME, labelsize=6, labelfontfamily=list(FONTS), pad=1.5)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
-    _write(bar.ax.xaxis.label, panel.score, size=6.5)
+    if len(panel.score) <= 10:
+        bar.ax.set_title("", pad=4)
+        _write(bar.ax.title, panel.score, size=6.5)
+    else:
+        bar.ax.yaxis.labelpad = 2
+        _write(bar.ax.yaxis.label, panel.score, size=6.5)
 
 
 def _edges(centres: Sequence[int]) -> list[float]:
@@ -317,6 +322,7 @@ def _frame(ax: Axes, *, sides: Sequence[str]) -> None:
         spine.set_visible(side in sides)
         spine.set_linewidth(0.4)
         spine.set_edgecolor(_FRAME)
+    ax.xaxis.labelpad = ax.yaxis.labelpad = 2
     ax.tick_params(length=2, width=0.4, color=_FRAME, labelsize=6.5, labelfontfamily=list(FONTS), pad=2)
 
 

@@ -153,11 +153,17 @@ def profile(
     figure.add_hline(y=0, line=dict(color=ink["muted"], width=1), layer="below")
     figure.update_xaxes(
         title_text=drawing.layer_title(result, kind=kind), tickvals=drawing.layer_ticks(layers),
-        range=[layers[0] - 0.5, layers[-1] + 0.5], showgrid=False,
+        range=[layers[0] - 0.5, layers[-1] + 0.5], showgrid=False, zeroline=False, automargin=True,
     )  # fmt: skip
-    figure.update_yaxes(title_text=_safe(drawing.curve_name(result)), gridcolor=ink["faint"], griddash="dot")
+    figure.update_yaxes(
+        title_text=_safe(drawing.curve_name(result)),
+        gridcolor=ink["faint"],
+        griddash="dot",
+        zeroline=False,
+        automargin=True,
+    )
     figure.update_layout(
-        height=360, hovermode="closest", legend=dict(orientation="h", y=-0.22, yanchor="top", x=0, xanchor="left")
+        height=400, hovermode="closest", legend=dict(orientation="h", y=-0.2, yanchor="top", x=0, xanchor="left")
     )
     return _dressed(figure, theme=theme, title=drawing.KIND_WORDS.get(kind, kind) if title else "")
 
@@ -235,12 +241,13 @@ def samples(
     pairs = [] if isinstance(corrupted, (int, float)) else [float(v) for v in corrupted]
     low = float(corrupted) if isinstance(corrupted, (int, float)) else sum(pairs) / max(1, len(pairs))
     figure = go.Figure()
-    for x, text in ((low, "corrupted"), (clean, "clean")):
-        figure.add_vline(x=x, line=dict(color=ink["muted"], width=1.2, dash="dot" if x == low else "solid"))
-        other = clean if x == low else low
-        side = "left" if x > other else "right"
+    everything = [*values, *pairs, low, clean]
+    span = max(everything) - min(everything) or 1.0
+    apart = abs(clean - low) > 0.3 * span  # then there is room for both words between the lines
+    for x, text, dash in ((low, "corrupted", "dot"), (clean, "clean", "solid")):
+        figure.add_vline(x=x, line=dict(color=ink["muted"], width=1.2, dash=dash))
         figure.add_annotation(
-            x=x, y=1, yref="paper", yanchor="bottom", xanchor={"left": "right", "right": "left"}[side],
+            x=x, y=1, yref="paper", yanchor="bottom", xanchor="left" if (x == min(low, clean)) == apart else "right",
             text=f"{text} {drawing.number(x)}", showarrow=False, font=dict(size=12, color=ink["muted"]),
         )  # fmt: skip
     if pairs:
@@ -261,8 +268,11 @@ def samples(
             marker=dict(symbol="line-ns", size=22, line=dict(color=color, width=3)),
         )  # fmt: skip
     figure.update_yaxes(showgrid=False, zeroline=False, tickfont=dict(color=ink["text"]), automargin=True)
-    figure.update_xaxes(title_text=_safe(name), showgrid=False, zeroline=False, showline=True, linecolor=ink["faint"])
-    figure.update_layout(height=150 if pairs else 115, showlegend=False, hovermode="closest")
+    figure.update_xaxes(
+        title_text=_safe(name), showgrid=False, zeroline=False, showline=True, linecolor=ink["faint"],
+        automargin=True, range=[min(everything) - 0.04 * span, max(everything) + 0.04 * span],
+    )  # fmt: skip
+    figure.update_layout(height=172 if pairs else 136, showlegend=False, hovermode="closest")
     return _dressed(figure, theme=theme, margin=dict(l=8, r=16, t=24, b=8))
 
 
