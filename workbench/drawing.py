@@ -34,7 +34,7 @@ KIND_WORDS: Mapping[str, str] = {
 """Titles of maps."""
 
 ROLE_WORDS: Mapping[str, str] = {
-    "before_subject": "Tokens before the subject",
+    "before_subject": "Before the subject",
     "subject_first": "First subject token",
     "subject_middle": "Middle subject tokens",
     "subject_last": "Last subject token",
@@ -163,8 +163,7 @@ def score_name(result: Result, *, fact: str | None = None, column: str = "score"
     """What the numbers are, e.g. `p(Paris)`, or `effect on p(Paris)`; without a fact, `p(answer)`."""
     kind = result.run.get("parameters", {}).get("score")
     row = fact_row(result, fact)
-    answer = shortened(token_label(str(row.get("answer") or "answer")), 16)
-    foil = shortened(token_label(str(row.get("foil") or "foil")), 16)
+    answer, foil = (_word(str(row.get(name) or name)) for name in ("answer", "foil"))
     name = {
         "p": f"p({answer})",
         "p_target": f"p(all of {answer})",
@@ -361,6 +360,11 @@ def curve_name(result: Result) -> str:
 
 
 # --- parts ---
+
+
+def _word(answer: str) -> str:
+    """An answer in a title: its spaces stay spaces."""
+    return shortened(" ".join(map(visible, answer.split(" "))), 16)
 
 
 def _shown(character: str) -> str:

@@ -150,9 +150,8 @@ def profile(
             hovertemplate="%{hovertext}<extra></extra>",
         )  # fmt: skip
     layers = sorted(set(table["layer"]))
-    figure.add_hline(y=0, line=dict(color=ink["muted"], width=1), layer="below")
     figure.update_xaxes(
-        title_text=drawing.layer_title(result, kind=kind), tickvals=drawing.layer_ticks(layers),
+        title_text=drawing.layer_title(result, kind=kind), tickvals=drawing.layer_ticks(layers), tickangle=0,
         range=[layers[0] - 0.5, layers[-1] + 0.5], showgrid=False, zeroline=False, automargin=True,
     )  # fmt: skip
     figure.update_yaxes(
@@ -244,6 +243,7 @@ def samples(
     everything = [*values, *pairs, low, clean]
     span = max(everything) - min(everything) or 1.0
     apart = abs(clean - low) > 0.3 * span  # then there is room for both words between the lines
+    pad = span * (0.04 if apart else 0.3)
     for x, text, dash in ((low, "corrupted", "dot"), (clean, "clean", "solid")):
         figure.add_vline(x=x, line=dict(color=ink["muted"], width=1.2, dash=dash))
         figure.add_annotation(
@@ -270,7 +270,7 @@ def samples(
     figure.update_yaxes(showgrid=False, zeroline=False, tickfont=dict(color=ink["text"]), automargin=True)
     figure.update_xaxes(
         title_text=_safe(name), showgrid=False, zeroline=False, showline=True, linecolor=ink["faint"],
-        automargin=True, range=[min(everything) - 0.04 * span, max(everything) + 0.04 * span],
+        automargin=True, range=[min(everything) - pad, max(everything) + pad],
     )  # fmt: skip
     figure.update_layout(height=172 if pairs else 136, showlegend=False, hovermode="closest")
     return _dressed(figure, theme=theme, margin=dict(l=8, r=16, t=24, b=8))
@@ -284,6 +284,7 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
     ink, values = _INK[theme], panel.values
     n_rows, layers = len(values), [int(layer) for layer in values.columns]
     row = _row_height(n_rows)
+    few = 7 if max(map(len, panel.labels)) > 14 else 13  # long labels leave less room for the layers' numbers
     bar_title = _safe(panel.score)
     short = len(panel.score) <= 14
     figure = go.Figure(
@@ -303,7 +304,7 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
         x=[layer for *_, layer in cells],
         y=[y for y, *_ in cells],
         mode="markers",
-        marker=dict(symbol="square", size=row - 2, opacity=0, color=ink["mark"]),
+        marker=dict(symbol="square", size=min(row, 26) - 2, opacity=0, color=ink["mark"]),
         selected=dict(marker=dict(opacity=0)),
         unselected=dict(marker=dict(opacity=0)),
         customdata=[panel.sites.at[r, layer] for _, _, r, layer in cells],
@@ -312,7 +313,8 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
         showlegend=False,
     )
     figure.update_xaxes(
-        title_text=panel.layer_title, tickvals=drawing.layer_ticks(layers), range=[layers[0] - 0.5, layers[-1] + 0.5],
+        title_text=panel.layer_title, tickvals=drawing.layer_ticks(layers, most=few), tickangle=0,
+        range=[layers[0] - 0.5, layers[-1] + 0.5],
         ticks="", showgrid=False, zeroline=False, showline=True, mirror=True, linecolor=ink["faint"], fixedrange=True,
     )  # fmt: skip
     figure.update_yaxes(
@@ -367,6 +369,8 @@ def _dressed(figure: go.Figure, *, theme: Theme, title: str = "", margin: dict[s
 
 def _row_height(n_rows: int) -> int:
     """Pixels of a row: roomy for short prompts, still readable for long ones."""
+    if n_rows <= 3:
+        return 90 // n_rows  # room for the colour bar
     return 26 if n_rows <= 12 else 22 if n_rows <= 18 else 18 if n_rows <= 28 else 16
 
 
