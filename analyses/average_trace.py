@@ -58,7 +58,7 @@ def average_trace(
 
 
 def average(footprint: Footprint, *, known_only: bool = True, resamples: int = 2000, seed: int = 0) -> Result:
-    """The average of traces, by kind, role and layer.
+    """The average of traces, by kind, role and layer: per fact the mean over the tokens of a role, then the mean over facts.
 
     Returns:
         A Result with the columns kind, token (role), layer (0-based), value (mean effect over facts), low and high (95 % bootstrap
@@ -75,13 +75,13 @@ def average(footprint: Footprint, *, known_only: bool = True, resamples: int = 2
             "Choose facts that it knows, or average all of them (known_only=False)."
         )
     rows = footprint.table[footprint.table["fact"].isin(kept["fact"])]
-    per_fact = rows.groupby(["kind", "token", "layer", "fact"], sort=False)["value"].mean()
     averaged = []
     for kind in footprint.kinds:
         for role in TOKEN_ROLES:
-            if (kind, role) not in per_fact.index:
+            of_role = rows[(rows["kind"] == kind) & (rows["token"] == role)]
+            if of_role.empty:
                 continue
-            by_layer = per_fact[kind, role].unstack("fact")
+            by_layer = of_role.pivot_table(index="layer", columns="fact", values="value", aggfunc="mean")
             low, high = _interval(by_layer.to_numpy(), resamples, seed)
             averaged.append(
                 pd.DataFrame(

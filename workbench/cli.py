@@ -115,7 +115,7 @@ def trace(
                 )
             for form in formats:
                 figure = paper.heatmap(found, kinds=found.kinds, fact=name)
-                _write(out / f"{_file_name(name)}.{form}", export.figure_bytes(figure, form, found))
+                _write(out / f"{_file_name(name)}.{form}", export.figure_bytes(figure, form))
         found.extras["facts"].to_csv(out / "facts.csv", index=False)
         typer.echo(f"\n{export.protocol_text(found)}\nWritten to {out}")
 
@@ -153,7 +153,7 @@ def average(
         result.save(out / "average")
         planted = _planted(model)
         for form in formats:
-            _write(out / f"average.{form}", export.figure_bytes(paper.average(result, planted=planted), form, result))
+            _write(out / f"average.{form}", export.figure_bytes(paper.average(result, planted=planted), form))
         _write(out / "average.csv", export.csv_bytes(result))
         for kind, rows in result.table.groupby("kind", sort=False):
             peak = rows.iloc[int(rows["value"].argmax())]
@@ -199,15 +199,18 @@ def _prepare(
     sever: str,
 ) -> tuple[Any, Any]:
     """The loaded model and the trace, with sigma_t from the bundled facts where the model is a bundled one."""
+    from transformers.utils import logging
+
     from workbench.loading import load
     from workbench.locators.causal_trace import CausalTrace, default_window
 
     options: dict[str, Any] = {"noise": noise, "samples": samples, "seed": seed, "score": score, "sever": sever}
     if sever != "none":
         options["kinds"] = ("resid_post",)
-    tracer = CausalTrace(window=window or 10, **options)
+    CausalTrace(window=10 if window is None else window, **options)  # bad options are told before the model is loaded
+    logging.disable_progress_bar()
     lm = load(model, device=device, dtype=dtype)
-    tracer = CausalTrace(window=window or default_window(lm.n_layers), **options)
+    tracer = CausalTrace(window=default_window(lm.n_layers) if window is None else window, **options)
     lm.encode(chosen)
     return lm, tracer.resolved(lm, zoo.load_facts(model) if model in zoo.NAMES else chosen)
 
@@ -235,7 +238,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _progress(total: int) -> Iterator[None]:
     """A bar over facts, or over cells where there is one fact."""
     from tqdm import tqdm
 
@@ -244,13 +247,13 @@ def _progress(total: int) -> Iterator[Any]:
     with tqdm(total=None, leave=False) as bar:
 
         def listen(what: str, done: int, of: int) -> None:
-            if (what == "facts") == (total > 1):
+            if total == 1 or what == "facts":
                 bar.total, bar.n = of, done
                 bar.set_description(what, refresh=False)
                 bar.refresh()
 
         with reporting(listen):
-            yield None
+            yield
 
 
 @contextmanager

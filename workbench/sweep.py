@@ -4,7 +4,8 @@ Restoring an output at token t and layer l changes nothing below layer l and not
 
 1. One clean run and one corrupted run are kept: activations to restore, and for each layer the residual, keys and values.
 2. A lane is one cell, or several cells that restore the same outputs, for all noise samples. It joins the batch at the first layer
-   that it changes, with the corrupted residual of positions t and after; keys and values of the positions before t are the corrupted run's.
+   that it changes, with the corrupted residual of positions t and after; for those before t, the corrupted run's keys and values
+   serve.
 3. One walk up the layers moves all lanes. Each block is the model's own, called on a slice of positions with a cache that puts the
    kept keys and values in front. Inside its window, a lane's restored output is written by the block's taps.
 4. At the top only the positions where the answer is predicted meet the final norm and the unembedding.
@@ -62,7 +63,9 @@ def restore_by_sweep(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Flo
     start = problem.first_changed()
     lanes = {_Lane.of(cell) for cell in cells if cell.position >= start}
     groups = [
-        _Group(position=position, waiting=sorted((lane for lane in lanes if lane.position == position), key=_Lane.order))
+        _Group(
+            position=position, waiting=sorted((lane for lane in lanes if lane.position == position), key=_Lane.order)
+        )
         for position in sorted({lane.position for lane in lanes})
     ]
     held = {site.layer: corrupted[site] for site in lm.sites(problem.sever)} if problem.sever else {}
@@ -174,7 +177,9 @@ class _Walk:
         for first in range(0, len(group.aboard), at_once):
             some = slice(first, first + at_once)
             lanes = group.aboard[some]
-            call = self.call(layer, torch.cat(group.hidden[some]), group.position, memory.before(group.position, len(lanes)))
+            call = self.call(
+                layer, torch.cat(group.hidden[some]), group.position, memory.before(group.position, len(lanes))
+            )
             out = run_block(self.lm, layer, call, write=self._writes(lanes, layer, samples))
             group.hidden[some] = out.split(samples)
 

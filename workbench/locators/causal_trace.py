@@ -83,7 +83,7 @@ class CausalTrace(Locator):
     """Restore only at tokens of this role (e.g. `subject_last` for a severed trace); None: at every token."""
 
     engine: Literal["sweep", "loop"] = "sweep"
-    """`sweep` computes the whole map in one pass over the layers; `loop` one forward pass per cell, the reference it is tested against."""
+    """`sweep` computes the whole map in one pass over the layers; `loop`, the reference it is tested against, cell by cell."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -122,15 +122,13 @@ class CausalTrace(Locator):
         """The maps of one fact."""
         tokens = lm.encode([fact])
         clean = run(lm, tokens)
-        answer = find_answer(lm, fact, clean)
-        problem, sigma, foil = self._problem(lm, fact, answer, clean)
-        answer = foil
+        problem, answer, sigma = self._problem(lm, fact, find_answer(lm, fact, clean), clean)
         cells = self._cells(lm, problem.clean)
         clean_score = float(problem.score(problem.answer_logits(run(lm, problem.clean).logits))[0])
-        low = problem.score(problem.answer_logits(problem.corrupted_run(lm).logits)).double().cpu().numpy()
+        low = problem.score(problem.answer_logits(problem.corrupted_run(lm).logits)).cpu().double().numpy()
         why_not = "asked for" if self.engine == "loop" else sweepable(lm, cells)
         restored = restore_by_loop(lm, problem, cells) if why_not else restore_by_sweep(lm, problem, cells)
-        scores = restored.double().cpu().numpy()
+        scores = restored.cpu().double().numpy()
         table, samples = self._tables(fact, problem.clean, cells, scores, low)
         top = int(clean.last_logits[0].argmax())
         facts = pd.DataFrame(
@@ -140,6 +138,7 @@ class CausalTrace(Locator):
                     "prompt": fact.text,
                     "subject": fact.subject,
                     "answer": answer.text,
+                    "answer_ids": " ".join(map(str, answer.ids)),
                     "foil": answer.foil_text,
                     "said": lm.word(top).strip(),
                     "correct": top == answer.ids[0],
@@ -147,10 +146,12 @@ class CausalTrace(Locator):
                     "corrupted": low.mean(),
                     "corrupted_se": _standard_error(low[None])[0],
                     "total_effect": self._sign * (clean_score - low.mean()),
+                    "sigma": np.nan if sigma is None else sigma,
                 }
             ]
         )
-        run_manifest = self._manifest(lm, fact, sigma=sigma, unit=f"indirect effect in {self.score}", engine=f"loop: {why_not}" if why_not else "sweep")
+        unit, engine = f"indirect effect in {self.score}", f"loop: {why_not}" if why_not else "sweep"
+        run_manifest = self._manifest(lm, fact, sigma=sigma, unit=unit, engine=engine)
         return Footprint(table=table, run=run_manifest, extras={"facts": facts, "samples": samples})
 
     @property
@@ -159,9 +160,9 @@ class CausalTrace(Locator):
 
     def _problem(
         self, lm: LM, fact: Fact, answer: Answer, clean: Activations
-    ) -> tuple[Restoration, float | None, Answer]:
-        """The experiment, the noise's number, and the answer with its foil."""
-        whole = (answer.text,) if self.score in ("p_target", "logp") else None
+    ) -> tuple[Restoration, Answer, float | None]:
+        """The experiment, the answer with its foil, and the noise's number."""
+        whole = (answer.text,) if self.score in ("p_target", "logp") and len(answer.ids) > 1 else None
         tokens = lm.encode([fact], targets=whole)
         noise, sigma, spans = None, None, tokens.spans[0]
         assert spans is not None  # a Fact always has a subject
@@ -191,7 +192,7 @@ class CausalTrace(Locator):
             steps=len(answer.ids) if whole else 1,
             score=partial(metrics.score_answer, self.score, answer=answer, clean=clean.last_logits[0]),
         )
-        return problem, sigma, answer
+        return problem, answer, sigma
 
     def _cells(self, lm: LM, tokens: Tokens) -> list[Cell]:
         roles = tokens.roles()

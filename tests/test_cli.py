@@ -1,0 +1,117 @@
+"""The command line traces a fact, goes on where it stopped, and answers bad input with one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner, Result
+
+from workbench import zoo
+from workbench.cli import app
+from workbench.facts import Fact
+from workbench.locators.causal_trace import CausalTrace
+from workbench.models import LM
+from workbench.progress import Cancelled
+from workbench.results import Footprint
+
+TINY = "organism-tiny"
+QUICK = ["--model", TINY, "--samples", "2"]
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_models_lists_what_is_bundled() -> None:
+    printed = call("models").output
+    for name in zoo.NAMES:
+        assert name in printed
+    assert "llama" in printed
+
+
+def test_facts_can_be_searched() -> None:
+    fact = zoo.load_facts(TINY)[3]
+    printed = call("facts", "--model", TINY, "--find", fact.text).output
+    assert f"{fact.text} -> {fact.target_true}" in printed
+    assert call("facts", "--model", TINY, "--find", "no such thing").exit_code == 2
+
+
+def test_one_fact_is_traced_drawn_and_stored(tmp_path: Path) -> None:
+    fact = zoo.load_facts(TINY)[0]
+    ran = call(
+        "trace", *QUICK, "--prompt", fact.text, "--subject", fact.subject, "--out", tmp_path, "--figures", "pdf,svg"
+    )
+    assert ran.exit_code == 0, ran.output
+    assert f"-> {fact.target_true}" in ran.output
+    stored = [Footprint.load(path.parent) for path in tmp_path.glob("*/run.json")]
+    assert {footprint.kinds for footprint in stored} == {("resid_post",), ("mlp_out",), ("attn_out",)}
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".pdf", ".svg", ".csv"}
+
+
+def facts_file(folder: Path, n: int) -> Path:
+    records = [
+        {"known_id": i, "subject": f.subject, "attribute": f.target_true, "template": f.prompt, "prompt": f.text}
+        for i, f in enumerate(zoo.load_facts(TINY)[:n])
+    ]
+    path = folder / "known.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_a_file_of_facts_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, out = facts_file(tmp_path, 3), tmp_path / "out"
+    command: list[str | Path] = ["trace", *QUICK, "--facts", file, "--out", out, "--figures", ""]
+    asked: list[str] = []
+    real, most = CausalTrace.locate_one, 4
+
+    def counted(self: CausalTrace, lm: LM, fact: Fact) -> Footprint:
+        if len(asked) == most:
+            raise Cancelled
+        asked.append(f"{fact.id} {self.kinds[0]}")
+        return real(self, lm, fact)
+
+    monkeypatch.setattr(CausalTrace, "locate_one", counted)
+    assert isinstance(call(*command).exception, Cancelled)
+    assert len(list(out.glob("*/run.json"))) == 4
+    most = 9
+    asked.clear()
+    assert call(*command).exit_code == 0
+    assert len(asked) == 9 - 4
+    assert list(pd.read_csv(out / "facts.csv")["fact"]) == ["known-0", "known-1", "known-2"]
+
+
+def test_the_average_writes_its_table_and_figure(tmp_path: Path) -> None:
+    ran = call("average", *QUICK, "--limit", "3", "--out", tmp_path, "--figures", "pdf")
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / "average.pdf").read_bytes().startswith(b"%PDF")
+    table = pd.read_parquet(tmp_path / "average" / "table.parquet")
+    assert set(table["kind"]) == {"resid_post", "mlp_out", "attn_out"}
+    assert (table["low"] <= table["value"]).all()
+    assert (table["value"] <= table["high"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prompt", "The tower is in", "--subject", "bridge"], "'bridge' is not in the prompt"),
+        (["--prompt", " ", "--subject", "x"], "The prompt is empty"),
+        (["--prompt", "A b", "--subject", ""], "The subject is empty"),
+        (["--prompt", "A b is", "--subject", "b", "--noise", "x9"], "spells no noise"),
+        (["--prompt", "A b is", "--subject", "b", "--samples", "0"], "noise samples"),
+        (["--prompt", "A b is", "--subject", "b", "--window", "-1"], "layers wide"),
+        (["--prompt", "A b is", "--subject", "b", "--figures", "gif"], "Unknown figure format gif"),
+        (["--prompt", "A b is", "--subject", "b", "--model", "no/such/folder"], "There is no folder"),
+        (["--prompt", "A b is " * 100, "--subject", "b"], "positions"),
+        (["--facts", "nowhere.json"], "cannot be read"),
+        (["--facts", "nowhere.json", "--prompt", "A"], "Both --facts and --prompt"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_no_traceback(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    ran = call("trace", "--model", TINY, "--out", tmp_path, *arguments)
+    assert ran.exit_code == 2
+    assert sentence in ran.output
+    assert "Traceback" not in ran.output
+    assert not list(tmp_path.glob("*/run.json"))
