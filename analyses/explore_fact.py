@@ -64,8 +64,8 @@ class SiteNumbers:
     change: float
     """What the score gained over the corrupted run (its sign turned where lower is better)."""
 
-    share: float
-    """`change` as a part of the whole gap between clean and corrupted; NaN where there is no gap."""
+    share: str
+    """`change` as a part of what the corruption took, in words."""
 
     samples: tuple[float, ...]
     """The score of every noise sample with the cell restored."""
@@ -154,7 +154,9 @@ def numbers_at(footprint: Footprint, site: Site) -> SiteNumbers:
         score=float(row["score"]),
         se=float(row["se"]),
         change=float(row["value"]),
-        share=float(row["value"]) / gap if gap else float("nan"),
+        share=f"{round(100 * float(row['value']) / gap)} % of what was lost."
+        if gap
+        else "The corruption changed nothing.",
         samples=tuple(samples["score"]),
         corrupted=tuple(samples["corrupted"]),
         clean=float(fact["clean"]),

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
+from plotly.graph_objects import Figure
 
 from analyses.explore_fact import Lens, Look, default_site, lens_at, look, numbers_at, planted_band
 from pages import _parts as parts
@@ -145,7 +146,7 @@ def show_action(asked: AskedTrace, stored: StoredTrace | None, *, ready: bool, s
         key="trace",
     )
     if job is not None and job.status.state == "failed":
-        st.error(job.status.error)
+        parts.show_error(job.status.error)
     elif missing:
         st.caption(
             f"Stopped before {' and '.join(KINDS.get(kind, kind) for kind in missing)}. What was finished is kept."
@@ -220,16 +221,31 @@ def show_predictions(seen: Look | None, model: Job[LM]) -> None:
         st.skeleton(height=180)
 
 
+@st.cache_resource(show_spinner=False, max_entries=128)
+def map_cached(
+    _footprint: Footprint,
+    _band: range | None,
+    version: tuple[str, ...],
+    key: str,
+    kind: str,
+    theme: parts.Theme,
+    shared: bool,
+) -> Figure:
+    """One heatmap, drawn once: a click redraws the page, and plotly is slow."""
+    low, high = plots.shared_range(_footprint) if shared else (None, None)
+    return plots.heatmap(_footprint, kind=kind, theme=theme, vmin=low, vmax=high, planted=_band)
+
+
 def show_maps(asked: AskedTrace, footprint: Footprint) -> None:
     """The heatmaps. A click on a cell puts its site into the session and into the URL."""
     band = planted_band(asked.model)
     shared = st.toggle("One colour scale for all maps", value=True, key="shared", bind="query-params")
-    low, high = plots.shared_range(footprint) if shared else (None, None)
+    made = str(footprint.run["made"])
     with st.grid(min_column_width=330, gap="medium"):
         for kind in footprint.kinds:
-            key = f"map-{asked.key}-{kind}-{footprint.run['made']}"
+            key = f"map-{asked.key}-{kind}-{made}"
             st.plotly_chart(
-                plots.heatmap(footprint, kind=kind, theme=parts.theme(), vmin=low, vmax=high, planted=band),
+                map_cached(footprint, band, (*footprint.kinds, made), asked.key, kind, parts.theme(), shared),
                 theme=None,
                 key=key,
                 on_select=partial(pick_site, key),
@@ -281,8 +297,7 @@ def show_site(asked: AskedTrace, footprint: Footprint, lm: LM | None) -> None:
                 f"{drawing.number(numbers.change, sign=True)} ± {drawing.number(numbers.se)}",
                 help="Against the corrupted run, ± one standard error over the noise samples.",
             )
-            if numbers.share == numbers.share:
-                st.caption(f"{numbers.share:.0%} of the gap between corrupted and clean.")
+            st.caption(numbers.share)
         with middle:
             st.markdown("**Noise samples**", help="Each sample corrupted, and the same noise with this cell restored.")
             st.plotly_chart(

@@ -90,9 +90,10 @@ def theme() -> Theme:
 def choose_model() -> ModelChoice:
     """The model and its precision."""
     used = [listed.asked.model for listed in earlier_traces()]
+    typed = [name for name in (st.session_state.get("model"), st.query_params.get("model")) if name]
     name = st.selectbox(
         "Model",
-        list(dict.fromkeys([*zoo.NAMES, *used])),
+        list(dict.fromkeys([*zoo.NAMES, *used, *typed])),
         key="model",
         bind="query-params",
         accept_new_options=True,

@@ -1,0 +1,211 @@
+"""The page without a browser: what it shows at first, what it says to wrong input, and a trace through the real worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from tests.examples import fresh_lm, tiny_lm
+from workbench import zoo
+from workbench.asked import AskedTrace
+from workbench.facts import Fact
+from workbench.store import Store
+from workbench.zoo import examples
+
+APP = str(Path(__file__).parent.parent / "streamlit_app.py")
+SENTENCE = "The Eiffel Tower is located in the city of"
+SOON = 60.0
+"""Seconds after which a test gives up."""
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    lm = fresh_lm("gpt2")
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A results folder of the test's own, no bundled examples, and new workers."""
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(examples, "FOLDER", tmp_path / "examples")
+    st.cache_data.clear()
+    yield tmp_path / "results"
+    _close_workers()
+
+
+def _close_workers() -> None:
+    from pages import _parts
+
+    _parts.workshop().close()
+    st.cache_resource.clear()
+
+
+def open_app(**query: str | Path) -> AppTest:
+    """The app at an address."""
+    app = AppTest.from_file(APP, default_timeout=SOON)
+    for name, value in query.items():
+        app.query_params[name] = str(value)
+    return app.run()
+
+
+def settle(app: AppTest) -> AppTest:
+    """Runs the app again, as its fragment does, until nothing works any more."""
+    from pages import _parts
+
+    end = time.monotonic() + SOON
+    while True:
+        jobs = [*_parts.workshop().jobs(), *_parts.workshop()._models.values()]
+        over = all(job.status.over for job in jobs)
+        app.run()
+        assert not app.exception, app.exception
+        if over:
+            return app
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def texts(app: AppTest) -> str:
+    """Everything that is written on the page."""
+    parts = [*app.markdown, *app.caption, *app.error]
+    return "\n".join(part.value for part in parts).replace("\\", "")
+
+
+def maps(app: AppTest) -> int:
+    """How many heatmaps there are."""
+    return sum("heatmap" in chart.proto.spec for chart in app.get("plotly_chart"))  # type: ignore[attr-defined]
+
+
+def errors(app: AppTest) -> list[str]:
+    return [error.value.replace("\\", "") for error in app.error]
+
+
+def test_a_first_visit_shows_a_finished_example_before_any_model_is_loaded(tmp_path: Path) -> None:
+    fact = next(fact for fact in zoo.load_facts(zoo.NAMES[0]) if fact.id == examples.FACTS[0])
+    asked = AskedTrace(model=zoo.NAMES[0], fact=fact)
+    asked.compute(tiny_lm("gpt2"), Store(folder=tmp_path / "examples"))
+    app = open_app()
+    assert not app.exception
+    assert not app.error
+    assert maps(app) == 3
+    assert "Space Needle" in texts(app)
+    assert [metric.label for metric in app.metric] == ["Clean run", "Corrupted run", "Lost", "Restored run", "Change"]
+
+
+def test_a_trace_from_the_button_to_the_maps_and_again_from_its_address(tiny_folder: Path, results: Path) -> None:
+    app = settle(open_app(model=tiny_folder, prompt=SENTENCE, samples="2"))
+    assert "Eiffel Tower" in texts(app)
+    assert maps(app) == 0
+    button = app.button(key="trace")
+    assert (button.label, button.disabled) == ("Trace", False)
+    button.click()
+    settle(app.run())
+    assert maps(app) == 3
+    assert not app.error
+    assert not [one for one in app.button if one.key == "trace"]
+    made = sorted(path.stat().st_mtime_ns for path in results.glob("*/run.json"))
+    assert len(made) == 4, "three maps and the question"
+
+    again = open_app(model=tiny_folder, prompt=SENTENCE, samples="2", site="L1.mlp_out@2")
+    assert maps(again) == 3
+    assert "L1.mlp_out@2" in texts(again)
+    settle(again)
+    assert sorted(path.stat().st_mtime_ns for path in results.glob("*/run.json")) == made, "nothing was computed again"
+
+    listed = [one for one in again.button if one.key and one.key.startswith("open-")]
+    assert len(listed) == 1
+    assert "samples 2" in listed[0].label
+
+
+def test_an_earlier_trace_fills_the_form(tiny_folder: Path, results: Path) -> None:
+    fact = Fact.typed(text="The Eiffel Tower is near the Eiffel Tower", subject="Eiffel Tower", occurrence="first")
+    asked = AskedTrace(model=str(tiny_folder), fact=fact, options={"samples": 2, "noise": "u0.5", "seed": 3})
+    asked.compute(fresh_lm("gpt2"), Store(folder=results))
+    app = open_app(model=tiny_folder)
+    assert maps(app) == 0
+    app.button(key=f"open-{asked.key}").click()
+    settle(app.run())
+    assert maps(app) == 3
+    assert app.text_input(key="noise").value == "u0.5"
+    assert app.number_input(key="seed").value == 3
+    assert app.text_input(key="subject").value == "Eiffel Tower"
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"prompt": SENTENCE, "subject": "Louvre"}, "The subject 'Louvre' is not in the prompt"),
+        ({"prompt": " "}, "The prompt is empty"),
+        ({"prompt": "?!"}, "The subject is empty"),
+        ({"prompt": SENTENCE + " a" * 70}, "positions. Shorten it"),
+        ({"prompt": SENTENCE, "noise": "loud"}, "'loud' spells no noise"),
+        ({"model": "no/such/folder"}, "There is no folder 'no/such/folder'"),
+        ({"model": " "}, "The model's name is empty"),
+        ({"model": "{empty}"}, "holds no config.json"),
+        ({"model": "{bare}"}, "holds no weights"),
+    ],
+)
+def test_wrong_input_gets_one_sentence_before_any_work(
+    query: dict[str, str], said: str, tiny_folder: Path, tmp_path: Path, results: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    folders = {"empty": tmp_path / "empty", "bare": tmp_path / "bare"}
+    app = settle(open_app(**{"model": tiny_folder, **{name: text.format(**folders) for name, text in query.items()}}))
+    assert len(errors(app)) == 1
+    assert said in errors(app)[0]
+    assert all(button.disabled for button in app.button if button.key == "trace")
+    assert not list(results.glob("*"))
+
+
+def test_work_that_fails_says_why(tiny_folder: Path) -> None:
+    app = settle(open_app(model=tiny_folder, prompt=SENTENCE, corrupt="swap"))
+    assert not app.error
+    app.button(key="trace").click()
+    settle(app.run())
+    assert len(errors(app)) == 1
+    assert "substitutes has as many tokens as 'Eiffel Tower'" in errors(app)[0]
+
+
+def test_a_model_that_does_not_fit_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    app = settle(open_app(model=tiny_folder))
+    assert len(errors(app)) == 1
+    assert "GiB" in errors(app)[0]
+
+
+def test_a_stopped_trace_can_go_on_and_other_inputs_do_not_disturb_it(tiny_folder: Path, results: Path) -> None:
+    from pages import _parts
+
+    app = settle(open_app(model=tiny_folder, prompt=SENTENCE, samples="2"))
+    app.button(key="trace").click().run()
+    app.text_input(key="prompt").set_value("The Space Needle is in").run()
+    settle(app)
+    assert [job.status.state for job in _parts.workshop().jobs()] == ["done"]
+    assert maps(app) == 0
+    assert "is finished" in texts(app), "the result of what ran meanwhile is offered"
+    next(button for button in app.button if button.label == "Show").click()
+    settle(app.run())
+    assert maps(app) == 3
+    assert app.text_input(key="prompt").value == SENTENCE
+    for piece in results.glob("*/run.json"):
+        if '"kinds": [\n   "attn_out"' in piece.read_text():
+            piece.unlink()
+    settle(app)
+    assert maps(app) == 2
+    assert app.button(key="trace").label == "Go on"
+    app.button(key="trace").click()
+    settle(app.run())
+    assert maps(app) == 3
