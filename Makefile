@@ -2,6 +2,7 @@
 # make test    set up .venv once, then every check: ruff, mypy, pytest
 # make lint    only the checks that run no code
 # make format  let ruff rewrite what it can
+# make figures make the figures of the README and the stored examples of the app
 # make clean   remove what the above made
 #
 # PYTHON=python3.12      which Python makes .venv (3.10 or newer)
@@ -23,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help app test lint format clean
+.PHONY: help app test lint format figures clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -57,6 +58,11 @@ test: lint
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+figures: $(STAMP)
+	$(BIN)/workbench average --model organism-mid --every 17 --limit 100 --out results/average
+	cp results/average/average.png results/average/average.pdf docs/figures/
+	$(BIN)/python -m workbench.zoo.examples
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

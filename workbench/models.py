@@ -150,7 +150,7 @@ class LM:
             )
         if bos and tokenizer.bos_token_id is None:
             raise ModelError(f"bos=True was asked for, but {type(tokenizer).__name__} has no BOS token. Use bos=None.")
-        self.model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+        self.model: PreTrainedModel = model.eval()
         self.tokenizer: Any = tokenizer
         self.layout: Layout = layout_of(model)
         self.name = name or model.config._name_or_path or self.layout.family
@@ -192,7 +192,7 @@ class LM:
     @cached_property
     def unembed(self) -> nn.Module:
         """The output embedding; its weight is (d_vocab, d_model)."""
-        unembed: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        unembed: nn.Module = self.model.get_output_embeddings()
         return unembed
 
     def part(self, layer: int, path: str) -> nn.Module:
