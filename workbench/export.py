@@ -93,8 +93,7 @@ def csv_bytes(result: Result) -> bytes:
     buffer = io.StringIO()
     for name, value in result.run.items():
         buffer.write(f"# {_json({name: value})}\n")
-    text = [str(name) for name, column in result.table.items() if not pd.api.types.is_numeric_dtype(column)]
-    buffer.write(f"# {_json({'text_columns': text})}\n")
+    buffer.write(f"# {_json({'columns': {str(name): str(dtype) for name, dtype in result.table.dtypes.items()}})}\n")
     result.table.to_csv(buffer, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     return buffer.getvalue().encode()
 
@@ -110,19 +109,11 @@ def read_csv(data: bytes) -> tuple[pd.DataFrame, dict[str, Any]]:
         if not line.startswith("# "):
             break
         entries.update(json.loads(line[2:]))
-    if "text_columns" not in entries:
+    if "columns" not in entries:
         raise ResultError("This CSV has no protocol in comment lines. Export it from the workbench again.")
-    text = set(entries.pop("text_columns"))
-    header = pd.read_csv(io.BytesIO(data), comment="#", nrows=0).columns
-    table = pd.read_csv(
-        io.BytesIO(data),
-        comment="#",
-        float_precision="round_trip",
-        keep_default_na=False,
-        na_values={name: [] if name in text else [""] for name in header},
-        dtype=dict.fromkeys(text, str),
-    )
-    return table, entries
+    columns: dict[str, str] = entries.pop("columns")
+    table = pd.read_csv(io.BytesIO(data), comment="#", dtype=str, keep_default_na=False)
+    return table.assign(**{name: _parsed(table[name], dtype) for name, dtype in columns.items()}), entries
 
 
 def parquet_bytes(result: Result) -> bytes:
@@ -246,6 +237,21 @@ def _prompt(fact: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _parsed(column: pd.Series, dtype: str) -> pd.Series:
+    """A column of text as what it was; Python's own conversion keeps every bit of a float."""
+    lower, values = dtype.lower(), list[Any](column)
+    if "float" in lower:
+        values = [float(value or "nan") for value in column]
+    elif "int" in lower:
+        values = [int(value) if value else pd.NA for value in column]
+    elif "bool" in lower:
+        values = [value == "True" for value in column]
+    else:
+        return column
+    parsed: pd.Series = pd.Series(values, index=column.index, dtype=dtype)
+    return parsed
 
 
 def _json(value: Any) -> str:

@@ -42,6 +42,10 @@ Size = Literal["column", "page"] | tuple[float, float]
 FONTS = ("STIXGeneral", "DejaVu Sans")
 """A Times that comes with matplotlib, so that a figure looks the same everywhere; then what has most other letters and signs."""
 
+_SVG_FAMILIES = (
+    b"'STIXGeneral', ",
+    b"'STIXGeneral', 'STIX Two Text', 'Times New Roman', ",
+)  # text is set by the viewer
 _WIDTHS: Mapping[str, float] = {"column": 3.5, "page": 7.0}
 _INK, _MUTED, _FRAME = "#000000", "#4d4d4d", "#b3b3b3"
 _SETTINGS: Mapping[str, Any] = {
@@ -68,8 +72,19 @@ class PaperFigure(Figure):
         name = Path(fname).suffix[1:] if isinstance(fname, (str, Path)) else ""
         format_ = str(options.pop("format", None) or name or "png").lower()
         metadata = {**figure_metadata(self.run, title=self.title, format=format_), **options.pop("metadata", {})}
+        options = {"format": format_, "dpi": 300, "metadata": metadata, **options}
+        if format_ != "svg":
+            with _settings():
+                super().savefig(fname, **options)
+            return
+        buffer = io.BytesIO()
         with _settings():
-            super().savefig(fname, **{"format": format_, "dpi": 300, "metadata": metadata, **options})
+            super().savefig(buffer, **options)
+        data = buffer.getvalue().replace(*_SVG_FAMILIES)
+        if isinstance(fname, (str, Path)):
+            Path(fname).write_bytes(data)
+        else:
+            fname.write(data)
 
     def _repr_png_(self) -> bytes:
         """How a notebook shows it, without pyplot."""
@@ -198,6 +213,7 @@ def profile(
         )  # fmt: skip
         for text in legend.get_texts():
             _write(text, text.get_text())
+        _settle(figure)
     return figure
 
 
@@ -254,7 +270,14 @@ def _maps(
             zip(figure.subplots(rows, columns, squeeze=False).ravel(), panels, strict=True)
         ):
             _draw_map(figure, ax, panel, named=index == 0 or not across, planted=planted)
+        _settle(figure)
     return figure
+
+
+def _settle(figure: PaperFigure) -> None:
+    """Lays the figure out once and for all, so that every file of it is the same."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: range | None) -> None:

@@ -299,7 +299,12 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
             ),
         )
     )  # fmt: skip
-    cells = [(y, x, r, layer) for y, r in enumerate(values.index) for x, layer in enumerate(layers)]
+    cells = [
+        (y, x, r, layer)
+        for y, r in enumerate(values.index)
+        for x, layer in enumerate(layers)
+        if isinstance(panel.sites.at[r, layer], str)
+    ]
     figure.add_scatter(
         x=[layer for *_, layer in cells],
         y=[y for y, *_ in cells],
