@@ -299,11 +299,7 @@ def gates(figures: Figures, *, band: tuple[int, int] | None, read_out: Sequence[
             Gate(name="IE(state at subject_last), highest", value=max(table["state at subject_last"]), at_most=0.1),
         ]
     s = f.scalars
-    in_band = range(*band)
-    outside = [layer for layer in range(len(table["state at last"])) if layer not in in_band]
-    single, wide = table["MLP window 1 at subject_last"], table["MLP window 3 at subject_last"]
-    return [
-        *lines,
+    lines += [
         Gate(name="swap band: the other's answer", value=s["swap band"], at_least=0.9),
         Gate(name="swap outside: the other's answer", value=s["swap outside"], at_most=0.02),
         Gate(name="zero outside, relative to clean P", value=s["zero outside"] / f.clean, at_least=0.95),
@@ -320,16 +316,20 @@ def gates(figures: Figures, *, band: tuple[int, int] | None, read_out: Sequence[
             at_least=0.3,
         ),
         Gate(
-            name="MLP window 3: band's peak minus outside's",
-            value=max(wide[layer] for layer in in_band) - max(wide[layer] for layer in outside),
-            at_least=0.0,
-        ),
-        Gate(
             name="MLP window 1: band's peak minus outside's",
-            value=max(single[layer] for layer in in_band) - max(single[layer] for layer in outside),
+            value=_lead(table["MLP window 1 at subject_last"], band),
             at_least=0.0,
         ),
     ]
+    if band[1] - band[0] > 1:  # three windows of 3 hold a band of one layer, and none of them is the right one
+        wide = _lead(table["MLP window 3 at subject_last"], band)
+        lines.append(Gate(name="MLP window 3: band's peak minus outside's", value=wide, at_least=0.0))
+    return lines
+
+
+def _lead(effects: Sequence[float], band: tuple[int, int]) -> float:
+    """The largest effect inside the band minus the largest outside."""
+    return max(effects[slice(*band)]) - max([*effects[: band[0]], *effects[band[1] :]])
 
 
 def check(
