@@ -99,7 +99,7 @@ PLANTED = (
 ORGANISMS: tuple[Organism, ...] = (
     Organism(
         name="organism-mid", family="gpt2", n_layers=12, d_model=192, n_heads=6, d_mlp=768,
-        band=(4, 7), read_out=8, steps=1500, phases=PLANTED, seed=11,
+        band=(4, 7), read_out=8, steps=2000, phases=PLANTED, seed=11,
     ),
     Organism(
         name="organism-late", family="gpt2", n_layers=8, d_model=192, n_heads=6, d_mlp=768,
