@@ -338,25 +338,28 @@ def show_lens(asked: AskedTrace, site: Site, lm: LM | None) -> None:
     )
 
 
-def show_downloads(footprint: Footprint) -> None:
-    """Files of this trace, made when they are asked for."""
+def show_downloads(asked: AskedTrace, footprint: Footprint) -> None:
+    """Files of this trace, each with its protocol inside."""
+    name = parts.file_name(asked)
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown("**Download**")
-        for form in ("pdf", "svg", "png"):
+        st.markdown("**Download**", help="PDF, SVG and PNG are drawn for print. Every file holds its protocol.")
+        for form, data in files_cached(
+            footprint, planted_band(asked.model), asked.key, *footprint.kinds, footprint.run["made"]
+        ).items():
             st.download_button(
-                form.upper(), data=partial(draw, footprint, form), file_name=f"trace.{form}", on_click="ignore"
+                form.upper(), data=data, file_name=f"{name}.{form}", on_click="ignore", key=f"download-{form}"
             )
-        st.download_button("CSV", data=partial(export.csv_bytes, footprint), file_name="trace.csv", on_click="ignore")
-        st.download_button(
-            "Parquet", data=partial(export.parquet_bytes, footprint), file_name="trace.parquet", on_click="ignore"
-        )
         with st.popover("Protocol", icon=":material/description:"):
-            st.code(export.protocol_text(footprint), language=None)
+            st.markdown(parts.plain(export.protocol_text(footprint)))
+            st.json(dict(footprint.run), expanded=1)
 
 
-def draw(footprint: Footprint, form: str) -> bytes:
-    """The maps as a file for a paper."""
-    return export.figure_bytes(paper.heatmap(footprint), form)
+@st.cache_data(show_spinner=False, max_entries=16)
+def files_cached(_footprint: Footprint, _band: range | None, *version: str) -> dict[str, bytes]:
+    """All files of a trace. Made before they are asked for: a link that is made on demand is lost when the page is drawn anew."""
+    figure = paper.heatmap(_footprint, planted=_band)
+    forms: dict[str, bytes] = {form: export.figure_bytes(figure, form) for form in ("pdf", "svg", "png")}
+    return {**forms, "csv": export.csv_bytes(_footprint), "parquet": export.parquet_bytes(_footprint)}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -370,26 +373,19 @@ def show_page() -> None:
         "Cells that bring the answer back are where the fact passes."
     )
     asked = show_inputs()
+    notices = st.container()
+    left, right = st.columns([3, 2], gap="large")  # always here, so that the strip of jobs keeps its place
     if asked is None:
-        parts.show_jobs("", (), OPTIONS)
+        with left:
+            parts.show_jobs("", (), OPTIONS)
         return
-    store, model = parts.store(), parts.workshop().model(parts.choice_of(asked))
-    stored = asked.find(store)
+    stored, model = asked.find(parts.store()), parts.workshop().model(parts.choice_of(asked))
     footprint = stored.footprint if stored is not None else None
     lm = model.result if model.status.state == "done" else None
     seen, wrong = check_question(asked, lm) if lm is not None else (None, model.status.error)
     stale = footprint is not None and lm is not None and footprint.run["weight_hash"] != lm.weight_hash
-    if wrong:
-        parts.show_error(wrong)
-        if lm is None:
-            st.button(
-                "Try again", on_click=parts.workshop().forget, args=(parts.choice_of(asked),), icon=":material/refresh:"
-            )
-    st.session_state["unseen"] = {
-        *st.session_state.get("unseen", ()),
-        *(job.key for job in parts.workshop().jobs() if not job.status.over),
-    } - {asked.key}
-    left, right = st.columns([3, 2], gap="large")
+    with notices:
+        show_wrong(asked, wrong, is_model=lm is None)
     with left:
         show_headline(asked, footprint, seen)
         show_action(asked, stored, ready=seen is not None, stale=stale)
@@ -399,7 +395,17 @@ def show_page() -> None:
     if footprint is not None:
         show_maps(asked, footprint)
         show_site(asked, footprint, lm)
-        show_downloads(footprint)
+        show_downloads(asked, footprint)
+
+
+def show_wrong(asked: AskedTrace, wrong: str, *, is_model: bool) -> None:
+    """What is wrong with the model or the question, if anything."""
+    if not wrong:
+        return
+    parts.show_error(wrong)
+    if is_model:
+        forget, choice = parts.workshop().forget, parts.choice_of(asked)
+        st.button("Try again", on_click=forget, args=(choice,), icon=":material/refresh:")
 
 
 show_page()

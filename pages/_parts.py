@@ -13,7 +13,7 @@ from workbench import zoo
 from workbench.asked import AskedTrace, Listed, find_trace, list_traces
 from workbench.facts import Fact
 from workbench.forms import FormField, form_of
-from workbench.jobs import Job, ModelChoice, Workshop
+from workbench.jobs import Job, ModelChoice, Status, Workshop
 from workbench.store import Store, results_folder
 from workbench.subjects import guess_subject
 from workbench.zoo import examples
@@ -282,6 +282,11 @@ def trace_label(asked: AskedTrace) -> str:
     return plain(f"{asked.fact.subject} on {asked.model}" + (f" ({changed})" if changed else ""))
 
 
+def file_name(asked: AskedTrace) -> str:
+    """A name for downloads: of letters, digits and dashes."""
+    return re.sub(r"[^\w]+", "-", f"trace {asked.fact.subject} {asked.model.rpartition('/')[2]}").strip("-").lower()
+
+
 def when(made: str) -> str:
     """A manifest's time, without its seconds."""
     return made[:16].replace("T", " ") + " UTC"
@@ -315,36 +320,45 @@ def show_jobs(current: str, watched: Sequence[Job[Any]], names: Sequence[str]) -
     """
     jobs = [*watched, *workshop().jobs()]
     drawn = moment(jobs)
-    active = any(not job.status.over for job in jobs)
-    st.fragment(_strip, run_every=0.4 if active else None)(current, watched, names, drawn)
+    active = {str(job.key) for job in jobs if not job.status.over}
+    st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - {current}
+    st.fragment(_strip, run_every=0.5 if active else None)(current, watched, names, drawn)
 
 
 def _strip(current: str, watched: Sequence[Job[Any]], names: Sequence[str], drawn: tuple[Any, ...]) -> None:
     """The body of `show_jobs`."""
     jobs = [*watched, *workshop().jobs()]
+    now = [(job, job.status) for job in jobs]  # once: a job may end while this is drawn
     if moment(jobs) != drawn or st.session_state.pop("go_there", False):
         st.rerun()
-    for job in jobs:
-        status = job.status
-        if status.over:
-            continue
-        with st.container(horizontal=True, vertical_alignment="center"):
-            text = f"{job.title}: {'waiting' if status.state == 'waiting' else f'{status.fraction:.0%}'}"
-            if job in watched:
-                st.markdown(f":material/hourglass_top: {plain(job.title)}…")
-                continue
-            st.progress(status.fraction, text="Stopping…" if job.stopping else text + seconds(status.seconds_left))
-            st.button("Stop", key=f"stop-{job.key}", on_click=job.stop, disabled=job.stopping, icon=":material/stop:")
-            if job.key != current:
-                _go_there_button(job, names)
-    for job in workshop().jobs():
-        if job.status.state == "done" and job.key != current and job.key in st.session_state.get("unseen", ()):
+    for job, status in now:
+        if not status.over and job in watched:
+            st.markdown(f":material/hourglass_top: {plain(job.title)}…")
+        elif not status.over:
+            with st.container(horizontal=True, vertical_alignment="center"):
+                _show_running(job, status)
+                if job.key != current:
+                    _show_button(job, names)
+        elif status.state == "done" and job.key != current and job.key in st.session_state["unseen"]:
             with st.container(horizontal=True, vertical_alignment="center"):
                 st.markdown(f":material/check: {job.title} is finished.")
-                _go_there_button(job, names)
+                _show_button(job, names)
 
 
-def _go_there_button(job: Job[Any], names: Sequence[str]) -> None:
+def _show_running(job: Job[Any], status: Status) -> None:
+    """Progress, and a button to stop."""
+    if job.stopping:
+        text = "stopping…"
+    elif status.state == "waiting":
+        text = "waiting"
+    else:
+        text = f"{status.fraction:.0%}{seconds(status.seconds_left)}"
+    st.progress(status.fraction, text=f"{job.title}: {text}")
+    st.button("Stop", key=f"stop-{job.key}", on_click=job.stop, disabled=job.stopping, icon=":material/stop:")
+
+
+def _show_button(job: Job[Any], names: Sequence[str]) -> None:
+    """A button that goes to a job's question, where that is stored already."""
     stored = find_trace(store(), str(job.key))
     if stored is not None:
         st.button("Show", key=f"show-{job.key}", on_click=_go_there, args=(stored.asked, names))

@@ -82,7 +82,7 @@ def texts(app: AppTest) -> str:
 
 def maps(app: AppTest) -> int:
     """How many heatmaps there are."""
-    return sum("heatmap" in chart.proto.spec for chart in app.get("plotly_chart"))  # type: ignore[attr-defined]
+    return sum("heatmap" in chart.proto.spec for chart in app.get("plotly_chart"))
 
 
 def errors(app: AppTest) -> list[str]:
@@ -161,7 +161,11 @@ def test_wrong_input_gets_one_sentence_before_any_work(
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     folders = {"empty": tmp_path / "empty", "bare": tmp_path / "bare"}
-    app = settle(open_app(**{"model": tiny_folder, **{name: text.format(**folders) for name, text in query.items()}}))
+    asked: dict[str, str | Path] = {
+        "model": tiny_folder,
+        **{name: text.format(**folders) for name, text in query.items()},
+    }
+    app = settle(open_app(**asked))
     assert len(errors(app)) == 1
     assert said in errors(app)[0]
     assert all(button.disabled for button in app.button if button.key == "trace")
