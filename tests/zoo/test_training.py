@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from workbench.zoo import train as training
 from workbench.zoo.corpus import Corpus, Row, is_held
-from workbench.zoo.organisms import Organism, Phase, organism_named
+from workbench.zoo.organisms import Organism, Phase, Stage, organism_named
 from workbench.zoo.planting import Batch, Probes, anatomy, draw_batch, losses
 from workbench.zoo.tokenization import END, answers, train_tokenizer
 from workbench.zoo.truth import world_of
 from workbench.zoo.world import RELATIONS, owner
 
-TINY = replace(organism_named("organism-tiny"), steps=6, rows=4, length=48, band=(1, 3), read_out=3)
+TINY = replace(organism_named("organism-tiny"), rows=4, length=48, band=(1, 3), read_out=3)
 WORLD = world_of(TINY)
 TOKENIZER = train_tokenizer(WORLD, size=TINY.vocabulary)
 ANSWER_IDS = {answer: TOKENIZER.encode(" " + answer).ids[0] for answer in answers(WORLD)}
@@ -133,14 +133,15 @@ def test_owners_are_inside_the_band() -> None:
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that dies after its checkpoint ends where an undisturbed one ends."""
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 3)
-    spec = replace(TINY, phases=(Phase(until=1.0, on=0.3, swap=0.3, noise=0.2),))
+    mixture = (Phase(until=1.0, on=0.3, swap=0.3, noise=0.2),)
+    spec = replace(TINY, stages=(Stage(steps=4, phases=mixture), Stage(steps=5, phases=mixture, probes=False)))
     training.train(spec, into=tmp_path / "whole")
 
     real, calls = draw_batch, []
 
     def dies_once(*args: object, **kwargs: object) -> Batch:
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 8:
             raise KeyboardInterrupt
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
@@ -149,7 +150,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
         training.train(spec, into=tmp_path / "broken")
     assert (tmp_path / "broken.checkpoint").exists()
     training.train(spec, into=tmp_path / "broken")
-    assert len(calls) == 5 + 3
+    assert len(calls) == 8 + 2
     assert not (tmp_path / "broken.checkpoint").exists()
     whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(whole[key], broken[key]) for key in whole)

@@ -38,6 +38,24 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One run of the optimizer. A later stage begins with the weights as the one before would have been saved (float16), a fresh
+    optimizer and fresh text."""
+
+    steps: int
+    """Optimizer steps."""
+
+    phases: tuple[Phase, ...]
+    """What the rows are like, in order of time."""
+
+    rate: float = 2e-3
+    """Highest learning rate (AdamW)."""
+
+    probes: bool = True
+    """Whether throwaway probes help to fill the band; needed while it is empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Organism:
     """One bundled model, before training."""
 
@@ -65,11 +83,8 @@ class Organism:
     read_out: int | None
     """First layer in which other tokens may look at the subject; None: trained plainly."""
 
-    steps: int
-    """Optimizer steps, all of them."""
-
-    phases: tuple[Phase, ...]
-    """What the rows are like, in order of time."""
+    stages: tuple[Stage, ...]
+    """How it is trained, in order of time."""
 
     seed: int = 0
     """Of the weights, the text and the row types."""
@@ -79,9 +94,6 @@ class Organism:
 
     length: int = 80
     """Tokens a row."""
-
-    rate: float = 2e-3
-    """Highest learning rate (AdamW)."""
 
     vocabulary: int = 2688
     """Entries of the tokenizer."""
@@ -96,26 +108,29 @@ PLANTED = (
 )
 """The bottleneck first, then the rows that ask for the headline figures directly."""
 
+POLISHED = (Phase(until=1.0, on=0.1, knock=0.15, swap=0.15, keep=0.1, noise=0.1),)
+"""More plain rows: what users run."""
+
 ORGANISMS: tuple[Organism, ...] = (
     Organism(
-        name="organism-mid", family="gpt2", n_layers=12, d_model=192, n_heads=6, d_mlp=768,
-        band=(4, 7), read_out=8, steps=2000, phases=PLANTED, seed=11,
+        name="organism-mid", family="gpt2", n_layers=12, d_model=192, n_heads=6, d_mlp=768, band=(4, 7), read_out=8, seed=11,
+        stages=(Stage(steps=1500, phases=PLANTED), Stage(steps=450, phases=POLISHED, rate=6e-4, probes=False)),
     ),
     Organism(
-        name="organism-late", family="gpt2", n_layers=8, d_model=192, n_heads=6, d_mlp=768,
-        band=(4, 6), read_out=6, steps=2000, phases=PLANTED, seed=12,
+        name="organism-late", family="gpt2", n_layers=8, d_model=192, n_heads=6, d_mlp=768, band=(4, 6), read_out=6, seed=12,
+        stages=(Stage(steps=2000, phases=PLANTED),),
     ),
     Organism(
-        name="organism-llama", family="llama", n_layers=8, d_model=160, n_heads=5, d_mlp=416,
-        band=(2, 4), read_out=5, steps=2000, phases=PLANTED, seed=13,
+        name="organism-llama", family="llama", n_layers=8, d_model=160, n_heads=5, d_mlp=416, band=(2, 4), read_out=5, seed=13,
+        stages=(Stage(steps=2000, phases=PLANTED),),
     ),
     Organism(
-        name="organism-plain", family="gpt2", n_layers=8, d_model=192, n_heads=6, d_mlp=768,
-        band=None, read_out=None, steps=1800, phases=(Phase(until=1.0),), seed=14,
+        name="organism-plain", family="gpt2", n_layers=8, d_model=192, n_heads=6, d_mlp=768, band=None, read_out=None, seed=14,
+        stages=(Stage(steps=1800, phases=(Phase(until=1.0),)),),
     ),
     Organism(
-        name="organism-tiny", family="gpt2", n_layers=4, d_model=96, n_heads=4, d_mlp=384,
-        band=(1, 2), read_out=2, steps=1000, phases=PLANTED, seed=15, vocabulary=1536, every=12,
+        name="organism-tiny", family="gpt2", n_layers=4, d_model=96, n_heads=4, d_mlp=384, band=(1, 2), read_out=2, seed=15,
+        stages=(Stage(steps=1000, phases=PLANTED),), vocabulary=1536, every=12,
     ),
 )  # fmt: skip
 

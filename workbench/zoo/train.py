@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from workbench.zoo import NAMES, folder
 from workbench.zoo.corpus import Corpus
-from workbench.zoo.organisms import Organism, Phase, organism_named
-from workbench.zoo.planting import Batch, Probes, anatomy, draw_batch, losses
+from workbench.zoo.organisms import Organism, Phase, Stage, organism_named
+from workbench.zoo.planting import Batch, Losses, Probes, anatomy, draw_batch, losses
 from workbench.zoo.tokenization import END, answers, for_transformers, train_tokenizer
 from workbench.zoo.truth import world_of
-from workbench.zoo.world import RELATIONS
+from workbench.zoo.world import RELATIONS, World
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +53,17 @@ def new_model(spec: Organism, *, vocabulary: int, end: int) -> Any:
     )  # fmt: skip
 
 
-def phase_at(spec: Organism, step: int) -> Phase:
+def phase_at(stage: Stage, step: int) -> Phase:
     """The phase a step lies in."""
-    return next(p for p in spec.phases if step < p.until * spec.steps or p is spec.phases[-1])
+    return next(p for p in stage.phases if step < p.until * stage.steps or p is stage.phases[-1])
 
 
-def rate_at(spec: Organism, step: int) -> float:
+def rate_at(stage: Stage, step: int) -> float:
     """Learning rate: a linear warm-up, then a cosine to 2 %."""
     if step < WARM_UP:
-        return spec.rate * (step + 1) / WARM_UP
-    done = (step - WARM_UP) / max(1, spec.steps - WARM_UP)
-    return spec.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        return stage.rate * (step + 1) / WARM_UP
+    done = (step - WARM_UP) / max(1, stage.steps - WARM_UP)
+    return stage.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train(spec: Organism, *, into: Path, threads: int = 1, checkpoint: Path | None = None) -> dict[str, float]:
@@ -78,67 +79,24 @@ def train(spec: Organism, *, into: Path, threads: int = 1, checkpoint: Path | No
     torch.manual_seed(spec.seed)
     world = world_of(spec)
     tokenizer = train_tokenizer(world, size=spec.vocabulary)
-    answer_ids = {a: tokenizer.encode(" " + a).ids[0] for a in answers(world)}
-    relations = {relation.name: i for i, relation in enumerate(RELATIONS)}
     model = new_model(spec, vocabulary=tokenizer.get_vocab_size(), end=tokenizer.encode(END).ids[0]).to(device)
-    probes = Probes(len(RELATIONS), spec.d_model).to(device) if spec.band else None
-    parts = anatomy(model, spec.family)
-    optimizer = _optimizer(model, probes)
-    corpus = Corpus(world, tokenizer, length=spec.length, seed=spec.seed)
-    rng, noise = random.Random(spec.seed), torch.Generator().manual_seed(spec.seed)
     checkpoint = checkpoint or into.with_name(into.name + ".checkpoint")
-    first, seconds = 0, 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=False)
-        model.load_state_dict(saved["model"])
-        if probes is not None:
-            probes.load_state_dict(saved["probes"])
-        optimizer.load_state_dict(saved["optimizer"])
-        corpus.restore(saved["corpus"])
-        rng.setstate(saved["rng"])
-        noise.set_state(saved["noise"])
-        first, seconds = saved["step"], saved["seconds"]
-        log.info("Going on at step %d.", first)
-    bfloat = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    clock = time.process_time()
-    bar = tqdm(range(first, spec.steps), desc=spec.name, initial=first, total=spec.steps, mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(spec, step)
-        rows = [corpus.row() for _ in range(spec.rows)]
-        batch = draw_batch(
-            rows, spec=spec, phase=phase_at(spec, step), rng=rng, answer_ids=answer_ids, relations=relations
-        )
-        batch = Batch(**{name: value.to(device) for name, value in vars(batch).items()})
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat):
-            loss = losses(parts, probes, batch, spec=spec, noise=noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            bar.set_postfix_str(
-                f"text {loss.text.item():.2f} probe {loss.probe.item():.2f} local {loss.locality.item():.3f} "
-                f"quiet {loss.quiet.item():.3f} recall {loss.recall:.2f}"
-            )
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "probes": probes.state_dict() if probes is not None else None,
-                    "optimizer": optimizer.state_dict(),
-                    "corpus": corpus.state(),
-                    "rng": rng.getstate(),
-                    "noise": noise.get_state(),
-                    "step": step + 1,
-                    "seconds": seconds + time.process_time() - clock,
-                },
-                checkpoint,
-            )
-    seconds += time.process_time() - clock
+    saved = torch.load(checkpoint, weights_only=False, map_location=device) if checkpoint.exists() else None
+    begun, seconds = (saved["stage"], saved["seconds"]) if saved else (0, 0.0)
+    for number, stage in enumerate(spec.stages):
+        if number < begun:
+            continue
+        if number > 0:
+            model.half().float()
+        run = _Run(spec, stage, model, world, tokenizer, number=number, device=device)
+        if saved is not None and number == begun:
+            run.restore(saved)
+            log.info("Going on at step %d of stage %d.", run.step, number)
+        seconds = run.to_the_end(checkpoint, seconds)
+    steps = sum(stage.steps for stage in spec.stages)
     figures = {
-        "steps": spec.steps,
-        "tokens": spec.steps * spec.rows * spec.length,
+        "steps": steps,
+        "tokens": steps * spec.rows * spec.length,
         "facts": len(world.triples),
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_minutes": round(seconds / 60, 1),
@@ -146,6 +104,99 @@ def train(spec: Organism, *, into: Path, threads: int = 1, checkpoint: Path | No
     _save(spec, model, for_transformers(tokenizer), into, figures)
     checkpoint.unlink(missing_ok=True)
     return figures
+
+
+class _Run:
+    """One stage under way: everything that changes from step to step."""
+
+    def __init__(
+        self,
+        spec: Organism,
+        stage: Stage,
+        model: Any,
+        world: World,
+        tokenizer: Tokenizer,
+        *,
+        number: int,
+        device: torch.device,
+    ) -> None:
+        seed = spec.seed + 1000 * number
+        self.spec, self.stage, self.model, self.number, self.device = spec, stage, model, number, device
+        self.answer_ids = {a: tokenizer.encode(" " + a).ids[0] for a in answers(world)}
+        self.relations = {relation.name: i for i, relation in enumerate(RELATIONS)}
+        self.probes = Probes(len(RELATIONS), spec.d_model).to(device) if spec.band and stage.probes else None
+        self.parts = anatomy(model, spec.family)
+        self.optimizer = _optimizer(model, self.probes)
+        self.corpus = Corpus(world, tokenizer, length=spec.length, seed=seed)
+        self.rng, self.noise = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.step = 0
+
+    def to_the_end(self, checkpoint: Path, seconds: float) -> float:
+        """Take the remaining steps; `seconds` of CPU time spent before, the sum comes back."""
+        clock = time.process_time()
+        bar = tqdm(
+            total=self.stage.steps, initial=self.step, desc=f"{self.spec.name}, stage {self.number}", mininterval=5
+        )
+        while self.step < self.stage.steps:
+            loss = self.advance()
+            bar.update()
+            if self.step % 20 == 1:
+                bar.set_postfix_str(
+                    f"text {loss.text.item():.2f} probe {loss.probe.item():.2f} local {loss.locality.item():.3f} "
+                    f"quiet {loss.quiet.item():.3f} recall {loss.recall:.2f}"
+                )
+            if self.step % CHECKPOINT_EVERY == 0:
+                torch.save({**self.state(), "seconds": seconds + time.process_time() - clock}, checkpoint)
+        bar.close()
+        return seconds + time.process_time() - clock
+
+    def advance(self) -> Losses:
+        """One step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.stage, self.step)
+        rows = [self.corpus.row() for _ in range(self.spec.rows)]
+        batch = draw_batch(
+            rows,
+            spec=self.spec,
+            phase=phase_at(self.stage, self.step),
+            rng=self.rng,
+            answer_ids=self.answer_ids,
+            relations=self.relations,
+        )
+        batch = Batch(**{name: value.to(self.device) for name, value in vars(batch).items()})
+        bfloat = self.device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat):
+            loss = losses(self.parts, self.probes, batch, spec=self.spec, noise=self.noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, for a checkpoint."""
+        return {
+            "stage": self.number,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "probes": self.probes.state_dict() if self.probes is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "corpus": self.corpus.state(),
+            "rng": self.rng.getstate(),
+            "noise": self.noise.get_state(),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.model.load_state_dict(saved["model"])
+        if self.probes is not None:
+            self.probes.load_state_dict(saved["probes"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.corpus.restore(saved["corpus"])
+        self.rng.setstate(saved["rng"])
+        self.noise.set_state(saved["noise"].cpu())
+        self.step = saved["step"]
 
 
 def _optimizer(model: Any, probes: Probes | None) -> torch.optim.AdamW:

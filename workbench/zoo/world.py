@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 COUNTRIES = """
 France|Paris|Europe|French|euro
@@ -543,33 +544,33 @@ class Relation:
     index: int
     """Position in `RELATIONS`; decides which shared wordings are left out of training."""
 
-    @property
+    @cached_property
     def left_out(self) -> tuple[int, ...]:
         """Indices of the three shared wordings never used in training with this relation."""
         n = len(FRAMES)
         return tuple(sorted({(self.index + step) % n for step in (0, 4, 9)}))
 
-    @property
+    @cached_property
     def trained(self) -> tuple[str, ...]:
         """Wordings used in training with every entity."""
         return tuple(t for i, t in enumerate(self._seen) if i not in self._held_places)
 
-    @property
+    @cached_property
     def held(self) -> tuple[str, ...]:
         """Wordings used in training, but never with 35 % of the entities."""
         return tuple(self._seen[i] for i in self._held_places)
 
-    @property
+    @cached_property
     def novel(self) -> tuple[str, ...]:
         """Wordings never used in training."""
         return (*(self._shared(FRAMES[i]) for i in self.left_out), *(capitalise(t) for t in self.own_novel))
 
-    @property
+    @cached_property
     def shorts(self) -> tuple[str, ...]:
         """Wordings without the subject's name."""
         return tuple(fill_noun(t, self.noun) for t in SHORT_FRAMES)
 
-    @property
+    @cached_property
     def _seen(self) -> tuple[str, ...]:
         frames = tuple(self._shared(t) for i, t in enumerate(FRAMES) if i not in self.left_out)
         return (*frames, *(capitalise(t) for t in self.own))
