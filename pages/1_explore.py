@@ -131,7 +131,7 @@ def start(asked: AskedTrace) -> None:
 def show_action(asked: AskedTrace, stored: StoredTrace | None, *, ready: bool, stale: bool) -> None:
     """The button that starts the trace, or what became of it."""
     job = parts.workshop().find(asked.key)
-    if job is not None and not job.status.over:
+    if parts.is_running(asked):
         return
     if stored is not None and stored.footprint is not None and not stored.missing and not stale:
         return
@@ -395,7 +395,8 @@ def show_page() -> None:
     if footprint is not None:
         show_maps(asked, footprint)
         show_site(asked, footprint, lm)
-        show_downloads(asked, footprint)
+        if not parts.is_running(asked):
+            show_downloads(asked, footprint)
 
 
 def show_wrong(asked: AskedTrace, wrong: str, *, is_model: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,10 +44,19 @@ def workshop() -> Workshop:
 
 
 def _load(choice: ModelChoice) -> LM:
-    """Loads a model in its worker. The first one imports torch, under a lock: two threads importing it at once can break it."""
+    """Loads a model in its worker. The first one imports torch, under a lock: two threads importing it at once can break it.
+
+    After every run of a script, also of a poll, Streamlit collects all garbage. What the imports have made is put out of its
+    reach, since walking through it takes longer than the poll and stops the worker meanwhile.
+    """
     with _importing:
+        first = "workbench.loading" not in sys.modules
         from analyses.explore_fact import load_model
         from workbench import loading, locators  # noqa: F401
+
+        if first:
+            gc.collect()
+            gc.freeze()
     return load_model(choice)
 
 
@@ -323,6 +334,12 @@ def show_jobs(current: str, watched: Sequence[Job[Any]], names: Sequence[str]) -
     active = {str(job.key) for job in jobs if not job.status.over}
     st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - {current}
     st.fragment(_strip, run_every=0.5 if active else None)(current, watched, names, drawn)
+
+
+def is_running(asked: AskedTrace) -> bool:
+    """Whether a worker is at this question, or will be."""
+    job = workshop().find(asked.key)
+    return job is not None and not job.status.over
 
 
 def _strip(current: str, watched: Sequence[Job[Any]], names: Sequence[str], drawn: tuple[Any, ...]) -> None:

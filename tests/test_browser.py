@@ -86,7 +86,9 @@ class Server:
 
     def complaints(self) -> list[str]:
         """Lines of the log that a user should never see."""
-        wrong = re.compile(r"Traceback|Error|Exception|Warning|WARNING|deprecat|Please replace", re.IGNORECASE)
+        wrong = re.compile(
+            r"/(pages|analyses|workbench)/|streamlit_app\.py|warning|deprecat|please replace|error", re.IGNORECASE
+        )
         return [line for line in self.log.read_text().splitlines() if wrong.search(line)]
 
     def pieces(self) -> dict[str, int]:
