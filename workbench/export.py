@@ -18,6 +18,7 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -180,7 +181,7 @@ def protocol_of(run: Mapping[str, Any]) -> str:
     used = [
         f"{name} {versions[name]}"
         for name in ("knowledge-location-workbench", "torch", "transformers")
-        if name in versions
+        if versions.get(name, "not installed") != "not installed"
     ]
     if used:
         sentences.append(", ".join(used))
@@ -201,7 +202,12 @@ def _noise(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     note = f" ({options['sigma_note']})" if options.get("sigma_note") else ""
     per_prompt = ", sigma_t of each prompt" if options.get("sigma_from") == "prompt" else ""
     how = "in the place of" if options.get("replace") else "on"
-    return f"noise {options['noise']}{note}{per_prompt} {how} the subject's embeddings"
+    return f"noise {_rounded(options['noise'])}{note}{per_prompt} {how} the subject's embeddings"
+
+
+def _rounded(noise: Any) -> str:
+    """A noise like `u0.2252962813` in four digits; the manifest has them all."""
+    return re.sub(r"\d*\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.4g}", str(noise))
 
 
 def _samples(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:

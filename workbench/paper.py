@@ -276,7 +276,9 @@ def _maps(
 
 def _settle(figure: PaperFigure) -> None:
     """Lays the figure out once and for all, so that every file of it is the same."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None  # as the figure was made
+    engine.execute(figure)
     figure.set_layout_engine("none")
 
 
@@ -295,10 +297,12 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
     ax.set_yticks([i + 0.5 for i in range(len(values))])
     _frame(ax, sides=("left", "right", "top", "bottom"))
     ax.tick_params(axis="y", length=0)
-    ax.set_yticklabels(panel.labels if named else [])
-    for label, text, strong in zip(ax.get_yticklabels(), panel.labels, panel.strong, strict=False):
-        if named:
-            _write(label, drawing.shortened(text, 24), weight="bold" if strong else "normal")
+    labels = [drawing.shortened(label, 24) for label in panel.labels] if named else []
+    ax.set_yticklabels(
+        [_with_fonts(label)[1] for label in labels]
+    )  # what is drawn; the texts below only get their fonts
+    for text, label, strong in zip(ax.get_yticklabels(), labels, panel.strong, strict=False):
+        _write(text, label, weight="bold" if strong else "normal")
     _write(ax.title, panel.title, size=8)
     _write(ax.xaxis.label, panel.layer_title)
     if planted:
@@ -351,37 +355,45 @@ def _frame(ax: Axes, *, sides: Sequence[str]) -> None:
 
 def _write(text: Text, words: str, *, size: float = 7, weight: str = "normal") -> None:
     """Puts words into a text of the figure: in fonts that have their letters, and never as a formula."""
-    families, words = _with_fonts(words, weight)
-    text.set(text=words, fontfamily=list(families), fontsize=size, fontweight=weight, parse_math=False)
+    others, words = _with_fonts(words)
+    text.set(
+        text=words,
+        fontfamily=[*FONTS, *others],
+        fontsize=size,
+        fontweight="normal" if others else weight,  # few of the others come in bold
+        parse_math=False,
+    )
 
 
 @lru_cache(maxsize=4096)
-def _with_fonts(words: str, weight: str) -> tuple[tuple[str, ...], str]:
-    """Families that together have all letters, and the words with a box for each letter that no installed font has."""
-    families, missing = list(FONTS), []
+def _with_fonts(words: str) -> tuple[tuple[str, ...], str]:
+    """Families beyond `FONTS` that the words need, and the words with a box for each letter that no installed font has."""
+    others: list[str] = []
+    missing: list[str] = []
     for letter in dict.fromkeys(words):
-        if any(ord(letter) in _letters(_file(family, weight)) for family in families):
-            continue
-        other = _family_with(letter, weight)
-        if other is None:
+        family = _family_with(letter)
+        if family is None:
             missing.append(letter)
-        else:
-            families.append(other)
+        elif family not in (*FONTS, *others):
+            others.append(family)
     if missing:
         logger.warning("No installed font has %s; a box stands there. Install e.g. the Noto fonts.", " ".join(missing))
-    return tuple(families), "".join("□" if letter in missing else letter for letter in words)
+    return tuple(others), "".join("□" if letter in missing else letter for letter in words)
 
 
 @lru_cache(maxsize=4096)
-def _family_with(letter: str, weight: str) -> str | None:
-    """The first installed family, by name, that has a letter."""
-    names = sorted({font.name for font in font_manager.fontManager.ttflist})
-    return next((name for name in names if ord(letter) in _letters(_file(name, weight))), None)
-
-
-@lru_cache(maxsize=4096)
-def _file(family: str, weight: str) -> str:
-    return str(font_manager.findfont(font_manager.FontProperties(family=[family], weight=weight)))
+def _family_with(letter: str) -> str | None:
+    """The first family that has a letter: of `FONTS`, of Noto, of all others by name."""
+    upright = {
+        font.name: font.fname
+        for font in font_manager.fontManager.ttflist
+        if font.style == "normal"
+        and font.weight in (400, "normal", "regular")
+        and not font.name.startswith("Last Resort")
+    }
+    order = [name for name in FONTS if name in upright]
+    order += sorted(upright.keys() - set(FONTS), key=lambda name: (not name.startswith("Noto Sans"), name))
+    return next((name for name in order if ord(letter) in _letters(upright[name])), None)
 
 
 @lru_cache(maxsize=512)
