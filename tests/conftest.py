@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 
-CHECKED = [f"workbench.{name}" for name in ("hooks", "metrics", "models", "noise", "restoring", "sweep")]
+CHECKED = [f"workbench.{name}" for name in ("hooks", "metrics", "models", "noise")]
 """Modules whose annotations, tensor shapes among them, are checked at every call."""
 
 install_import_hook(CHECKED, "beartype.beartype")  # before the first import of any of them

@@ -30,6 +30,12 @@ JOBS = Fact(id="jobs", subject="Steve Jobs", prompt="{} founded", target_true="A
 MESSI = Fact(id="messi", subject="Lionel Messi", prompt="The mother tongue of {}", target_true="Madrid")
 SAO_PAULO = Fact(id="sao-paulo", subject="São Paulo", prompt="{} is a city in", target_true="São Paulo")
 
+SAID = Fact(id="said", subject="Eiffel Tower", prompt="The {} is in")
+"""A short prompt whose answer is what the model says: random models give it a probability that is worth tracing."""
+
+TURNED = "Tower Eiffel"
+"""Another subject of as many tokens."""
+
 FACTS = (EIFFEL, ZURICH, JOBS, MESSI, SAO_PAULO)
 """The subject in the middle, before the last word, at the start, and at the end; short and long."""
 

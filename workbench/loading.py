@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from workbench import zoo
@@ -21,6 +21,9 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files that hold a tokenizer. Without any, transformers makes an empty one."""
 
 
 def load(
@@ -58,7 +61,7 @@ def load(
     hub: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(where, **hub)
-    except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # a foreign file makes transformers raise anything
         raise ModelError(_why_not(str(name), where, error)) from error
     layout_for(config)
     if Path(where).is_dir():
@@ -67,15 +70,22 @@ def load(
             _check_memory(Path(where), str(name), place, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype="auto" if dtype == "auto" else _DTYPES[dtype],
             device_map=device_map,
             use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
             **hub,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as error:
+    except Exception as error:
         raise ModelError(_why_not(str(name), where, error)) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{str(name)!r} lacks {len(missing)} of the weights its config.json describes, e.g. {missing[0]!r}, "
+            "which would be left random. Choose a complete checkpoint."
+        )
     if device_map is None:
         torch.nn.Module.to(model, place)
     return LM(model, tokenizer, name=str(name), bos=bos)
@@ -102,7 +112,11 @@ def _locate(name: str) -> str:
 
 
 def _check_folder(folder: Path, *, allow_pickle: bool) -> None:
-    """Raises ModelError where a folder lacks weights that may be read, before anything is read."""
+    """Raises ModelError where a folder lacks a tokenizer, or weights that may be read, before anything is read."""
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(
+            f"{str(folder)!r} holds no tokenizer, expected tokenizer.json beside config.json. Save it there too."
+        )
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")):
@@ -141,11 +155,12 @@ def _tensor_ranges(file: Path) -> list[tuple[int, int, int]]:
             raise ModelError(f"{str(file)!r} is no safetensors file: its header would be {length} bytes long.")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+            entries = [entry for key, entry in header.items() if key != "__metadata__"]
+            return [
+                (int(begin), int(end), sizes.get(e["dtype"], 1)) for e in entries for begin, end in [e["data_offsets"]]
+            ]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ModelError(f"{str(file)!r} is no safetensors file: its header cannot be read.") from error
-    return [
-        (*entry["data_offsets"], sizes.get(entry["dtype"], 1)) for key, entry in header.items() if key != "__metadata__"
-    ]
 
 
 def _pick_device(device: str) -> torch.device:
@@ -162,7 +177,8 @@ def _pick_device(device: str) -> torch.device:
 
 def _why_not(name: str, where: str, error: Exception) -> str:
     """One sentence for what transformers says in many."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = re.sub(r"\x1b\[\d*m", "", " ".join(str(error).split())) or type(error).__name__
+    reason = reason[:300].rstrip(" .") + "."
     if Path(where).is_dir():
         if not (Path(where) / "config.json").is_file():
             return (

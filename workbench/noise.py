@@ -26,7 +26,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import LM
 
-_GRAMMAR = re.compile(r"(?P<family>us|[sutm])?(?P<number>\d+\.?\d*(?:e-?\d+)?|\.\d+)?")
+_GRAMMAR = re.compile(r"(?P<family>us|[sutm])?(?P<number>\d+\.?\d*(?:e-?\d+)?|\.\d+)?", re.ASCII)
 
 
 class NoiseError(InputError):

@@ -94,7 +94,13 @@ class Result:
             run.pop("class")
             table = pd.read_parquet(folder / "table.parquet")
             extras = {name: pd.read_parquet(folder / f"{name}.parquet") for name in names}
-        except (OSError, ValueError, KeyError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # the last two: JSON of another shape
             raise ResultError(
                 f"{str(folder)!r} holds no complete result ({type(error).__name__}), expected run.json and table.parquet. "
                 "Compute it again."
@@ -241,7 +247,8 @@ def record(thing: Any) -> Any:
     if not is_dataclass(thing) or isinstance(thing, type):
         return _plain(thing) if not isinstance(thing, Mapping) else dict(thing)
     values = {f.name: getattr(thing, f.name) for f in fields(thing)}
-    return {key: _nested(value) for key, value in values.items() if value not in (None, ())}
+    empty = (type(None), tuple)
+    return {key: _nested(value) for key, value in values.items() if value or not isinstance(value, empty)}
 
 
 def question_key(run: Mapping[str, Any]) -> str:
