@@ -220,7 +220,9 @@ def _window(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         if options["window"] % 2 == 0 and "window_rule" in options
         else ""
     )
-    return f"MLP and attention outputs in windows of {options['window']} layers{rule}"
+    return (
+        f"MLP and attention outputs in windows of {options['window']} layer{'s' if options['window'] > 1 else ''}{rule}"
+    )
 
 
 _PHRASES: Mapping[str, Any] = {

@@ -106,12 +106,13 @@ class CausalTrace(Locator):
         noise = Noise.parse(self.noise)
         if not noise.relative or self.sigma_from == "prompt":
             return self
-        subjects = sorted({fact.subject for fact in facts})
+        subjects = {fact.subject for fact in facts}
+        noun = "subject" if len(subjects) == 1 else "subjects"
         sigma_t = subject_sigma(lm, [fact.subject for fact in facts])
         return replace(
             self,
             noise=str(noise.absolute(sigma_t)),
-            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {len(subjects)} subjects",
+            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {len(subjects)} {noun}",
         )
 
     def parts(self) -> tuple[CausalTrace, ...]:
