@@ -18,7 +18,7 @@ from workbench.zoo.world import build_world
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bundled_model_passes_its_acceptance_table(name: str) -> None:
     """Every line: recall by tier, total effect, swap, zero and IE of the band and of the layers outside it."""
-    lines, figures = check(name, n_recall=300, n_trace=80, samples=1, tables=GATED)
+    lines, figures = check(name, n_recall=300, n_trace=50, samples=1, tables=GATED)
     assert all(gate.passed for gate in lines), report(name, lines, figures)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from workbench.zoo import NAMES, folder, load_facts, organism
+from workbench.errors import InputError
+from workbench.zoo import NAMES, folder, load_facts, organism, owners
 from workbench.zoo.organisms import ORGANISMS, Phase
 from workbench.zoo.truth import truth, world_of
 from workbench.zoo.world import FRAMES, KINDS, RELATIONS, build_world, owner
@@ -141,3 +142,16 @@ def test_a_phase_with_too_many_rows_is_refused() -> None:
     """Shares above 1 are a mistake in the schedule."""
     with pytest.raises(ValueError, match="add up to"):
         Phase(until=1.0, on=0.9, swap=0.3)
+
+
+def test_owners_are_those_of_the_facts_file() -> None:
+    """One layer of the band for every subject; none in the plainly trained model."""
+    assert owners("organism-mid") == TRUTH["organisms"]["organism-mid"]["owners"]
+    assert set(owners("organism-tiny")) == {fact.subject for fact in load_facts("organism-tiny")}
+    assert owners("organism-plain") == {}
+
+
+def test_an_unknown_name_says_which_there_are() -> None:
+    """The message names the bundled models."""
+    with pytest.raises(InputError, match="organism-mid"):
+        folder("organism-huge")

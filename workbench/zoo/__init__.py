@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from workbench.errors import InputError
 from workbench.facts import Fact, Probe
 
 __all__ = ["NAMES", "folder", "load_facts", "organism", "owners"]
@@ -23,10 +24,10 @@ def folder(name: str) -> Path:
     """Where a bundled model lies; `AutoModelForCausalLM.from_pretrained` loads it from there.
 
     Raises:
-        KeyError: there is no bundled model of this name.
+        InputError: there is no bundled model of this name.
     """
     if name not in NAMES:
-        raise KeyError(f"No bundled model is called {name!r}. Use one of {', '.join(NAMES)}.")
+        raise InputError(f"No bundled model is called {name!r}. Use one of {', '.join(NAMES)}.")
     return _HERE / "models" / name
 
 

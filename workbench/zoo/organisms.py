@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.errors import InputError
+
 Family = Literal["gpt2", "llama"]
 
 
@@ -139,9 +141,9 @@ def organism_named(name: str) -> Organism:
     """The row of this name.
 
     Raises:
-        KeyError: there is none.
+        InputError: there is none.
     """
     for row in ORGANISMS:
         if row.name == name:
             return row
-    raise KeyError(f"No organism is called {name!r}. Use one of {', '.join(o.name for o in ORGANISMS)}.")
+    raise InputError(f"No organism is called {name!r}. Use one of {', '.join(o.name for o in ORGANISMS)}.")
