@@ -65,7 +65,7 @@ class SiteNumbers:
     """What the score gained over the corrupted run (its sign turned where lower is better)."""
 
     share: str
-    """`change` as a part of what the corruption took, in words."""
+    """`change` as a part of what the corruption took, in words; empty where it took nothing."""
 
     samples: tuple[float, ...]
     """The score of every noise sample with the cell restored."""
@@ -154,9 +154,7 @@ def numbers_at(footprint: Footprint, site: Site) -> SiteNumbers:
         score=float(row["score"]),
         se=float(row["se"]),
         change=float(row["value"]),
-        share=f"{round(100 * float(row['value']) / gap)} % of what was lost."
-        if gap
-        else "The corruption changed nothing.",
+        share=f"{round(100 * float(row['value']) / gap)} % of what was lost." if not doubt(footprint) else "",
         samples=tuple(samples["score"]),
         corrupted=tuple(samples["corrupted"]),
         clean=float(fact["clean"]),
@@ -180,6 +178,21 @@ def lens_at(lm: LM, fact: Fact, *, site: Site, k: int = 8) -> Lens:
         answer=answer.text,
         answer_p=float(logits.softmax(-1)[answer.ids[0]]),
         answer_rank=int((logits > logits[answer.ids[0]]).sum()),
+    )
+
+
+def doubt(footprint: Footprint) -> str:
+    """Why the maps say nothing about the fact, in a sentence; empty where the corruption did what it is for.
+
+    That is where the gap between clean and corrupted run is not larger than two standard errors of the corrupted score.
+    """
+    fact = footprint.extras["facts"].iloc[0]
+    noise = 2 * float(fact["corrupted_se"]) if fact["corrupted_se"] == fact["corrupted_se"] else 0.0
+    if float(fact["total_effect"]) > noise:
+        return ""
+    return (
+        "The corruption did not take the answer away, so there is nothing to restore and the maps say nothing about the fact. "
+        "Use more noise, or a sentence whose answer depends on the subject."
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 from plotly.graph_objects import Figure
 
-from analyses.explore_fact import Lens, Look, default_site, lens_at, look, numbers_at, planted_band
+from analyses.explore_fact import Lens, Look, default_site, doubt, lens_at, look, numbers_at, planted_band
 from pages import _parts as parts
 from workbench import drawing, export, paper, plots
 from workbench.asked import AskedTrace, StoredTrace
@@ -179,6 +179,12 @@ def show_headline(asked: AskedTrace, footprint: Footprint | None, seen: Look | N
     )
     gap.metric("Lost", drawing.number(told["total_effect"]), help="What restoring a cell of a map can bring back.")
     st.caption(f"{score[0].upper()}{score[1:]}, {corruption(footprint)}.")
+    if footprint.run["parameters"].get("sigma_note") and not parts.known_facts(asked.model):
+        st.caption(
+            "The noise's scale comes from this subject alone; on a bundled model it comes from the subjects of all its facts."
+        )
+    if why := doubt(footprint):
+        st.caption(f":orange-badge[Note] {why}")
     if not told["correct"]:
         said = parts.plain(str(told["said"]))
         st.caption(f":orange-badge[Note] The model itself says “{said}”; the maps follow the answer above.")
@@ -217,8 +223,7 @@ def show_predictions(seen: Look | None, model: Job[LM]) -> None:
             + ", ".join(f"{text.strip()} {p:.2f}" for text, p in seen.top[:5]),
         )
     elif not model.status.over:
-        st.caption("The next tokens appear here as soon as the model is loaded.")
-        st.skeleton(height=180)
+        st.skeleton(height=224)
 
 
 @st.cache_resource(show_spinner=False, max_entries=128)
@@ -239,7 +244,13 @@ def map_cached(
 def show_maps(asked: AskedTrace, footprint: Footprint) -> None:
     """The heatmaps. A click on a cell puts its site into the session and into the URL."""
     band = planted_band(asked.model)
-    shared = st.toggle("One colour scale for all maps", value=True, key="shared", bind="query-params")
+    shared = st.toggle(
+        "One colour scale for all maps",
+        value=True,
+        key="shared",
+        bind="query-params",
+        help="Colours begin at the corrupted run and end at the best cell: of all maps, or of each map alone.",
+    )
     made = str(footprint.run["made"])
     with st.grid(min_column_width=330, gap="medium"):
         for kind in footprint.kinds:
@@ -285,7 +296,8 @@ def show_site(asked: AskedTrace, footprint: Footprint, lm: LM | None) -> None:
         )
         hint = "" if chosen else " This is the strongest cell of its map. Click any other."
         st.caption(f"`{site}`, {numbers.role}; restored: {parts.layer_range(numbers.restored)}.{hint}")
-        left, middle, right = st.columns([2, 3, 3], gap="medium")
+        cells = st.grid(min_column_width=250, gap="medium")
+        left, middle, right = cells.container(), cells.container(), cells.container()
         with left:
             st.metric(
                 "Restored run",
@@ -326,7 +338,7 @@ def show_lens(asked: AskedTrace, site: Site, lm: LM | None) -> None:
         "For MLP and attention it reads what this layer alone adds, so compare ranks rather than probabilities.",
     )
     if lm is None:
-        st.caption("The logit lens appears here as soon as the model is loaded.")
+        st.skeleton(height=224)
         return
     lens = lens_cached(lm, asked, lm.weight_hash, asked.key, str(site))
     st.plotly_chart(

@@ -159,7 +159,8 @@ def test_wrong_input_gets_one_sentence_before_any_work(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    for file in tiny_folder.glob("*.json"):
+        (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
     folders = {"empty": tmp_path / "empty", "bare": tmp_path / "bare"}
     asked: dict[str, str | Path] = {
         "model": tiny_folder,
@@ -170,6 +171,14 @@ def test_wrong_input_gets_one_sentence_before_any_work(
     assert said in errors(app)[0]
     assert all(button.disabled for button in app.button if button.key == "trace")
     assert not list(results.glob("*"))
+
+
+def test_a_corruption_that_takes_nothing_away_is_said(tiny_folder: Path) -> None:
+    app = settle(open_app(model=tiny_folder, prompt=SENTENCE, samples="2", noise="0.000001"))
+    app.button(key="trace").click()
+    settle(app.run())
+    assert "nothing to restore" in texts(app)
+    assert "% of what was lost" not in texts(app)
 
 
 def test_work_that_fails_says_why(tiny_folder: Path) -> None:

@@ -150,9 +150,9 @@ def open_tab(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
     window.on("request", lambda request: asked.append(request.url))
     expect.set_options(timeout=SOON * 1000)
 
-    def open_one(**query: object) -> Page:
+    def open_one(address: str = "", **query: object) -> Page:
         tab = window.new_page()
-        tab.goto(server.address(**query))
+        tab.goto(address or server.address(**query))
         return tab
 
     yield open_one
@@ -201,8 +201,7 @@ def test_trace_click_download_and_reload(
     assert images_in(pdf) == 0
 
     made = server.pieces()
-    again = open_tab()
-    again.goto(tab.url)
+    again = open_tab(tab.url)
     expect(maps(again)).to_have_count(3)
     expect(again.get_by_role("heading", name="Layer 2, MLP output, at “of”")).to_be_visible()
     assert again.url == tab.url
