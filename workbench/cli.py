@@ -199,8 +199,6 @@ def _prepare(
     sever: str,
 ) -> tuple[Any, Any]:
     """The loaded model and the trace, with sigma_t from the bundled facts where the model is a bundled one."""
-    from transformers.utils import logging
-
     from workbench.loading import load
     from workbench.locators.causal_trace import CausalTrace, default_window
 
@@ -208,7 +206,6 @@ def _prepare(
     if sever != "none":
         options["kinds"] = ("resid_post",)
     CausalTrace(window=10 if window is None else window, **options)  # bad options are told before the model is loaded
-    logging.disable_progress_bar()
     lm = load(model, device=device, dtype=dtype)
     tracer = CausalTrace(window=default_window(lm.n_layers) if window is None else window, **options)
     lm.encode(chosen)

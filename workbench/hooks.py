@@ -126,9 +126,9 @@ def run(
     )
 
 
-def capture_calls(lm: LM, tokens: Tokens, *, read: Sequence[SiteKind] = (), write: Mapping[Site, Write]) -> tuple[
-    Activations, dict[int, dict[str, Any]]
-]:
+def capture_calls(
+    lm: LM, tokens: Tokens, *, read: Sequence[SiteKind] = (), write: Mapping[Site, Write]
+) -> tuple[Activations, dict[int, dict[str, Any]]]:
     """`run`, and by layer the named arguments each block was called with: masks, positions, rotary embeddings."""
     plan = _Plan(owner=_owner(lm), captures=True)
     reset = _plans.set((*_plans.get(), plan))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from workbench import zoo
 from workbench.layouts import ModelError, layout_for
@@ -70,14 +73,15 @@ def load(
             _check_memory(Path(where), str(name), place, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype="auto" if dtype == "auto" else _DTYPES[dtype],
-            device_map=device_map,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **hub,
-        )
+        with _no_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype="auto" if dtype == "auto" else _DTYPES[dtype],
+                device_map=device_map,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **hub,
+            )
     except Exception as error:
         raise ModelError(_why_not(str(name), where, error)) from error
     model, info = loaded
@@ -89,6 +93,18 @@ def load(
     if device_map is None:
         torch.nn.Module.to(model, place)
     return LM(model, tokenizer, name=str(name), bos=bos)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' bar over weights that are already here; the hub's own bars of a download stay."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _locate(name: str) -> str:
