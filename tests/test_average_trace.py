@@ -66,7 +66,8 @@ def test_facts_the_model_does_not_know_are_left_out_and_counted(traced: Footprin
 
 def peak(table: pd.DataFrame, kind: str) -> pd.Series:
     rows = table[table["kind"] == kind]
-    return rows.iloc[int(rows["value"].argmax())]
+    top: pd.Series = rows.iloc[int(rows["value"].argmax())]
+    return top
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 def gap(lm: LM, fact: Fact, **protocol: Any) -> tuple[float, float]:
     """The largest difference between sweep and loop, and the largest effect."""
     trace = CausalTrace(**protocol)
-    fast, slow = (replace(trace, engine=engine)(lm, [fact]) for engine in ("sweep", "loop"))  # type: ignore[arg-type]
+    fast, slow = (replace(trace, engine=engine)(lm, [fact]) for engine in ("sweep", "loop"))
     assert fast.run["engine"] == "sweep"
     assert slow.run["engine"].startswith("loop")
     columns = ["fact", "site", "layer", "kind", "token", "position", "text"]

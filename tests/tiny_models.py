@@ -37,7 +37,9 @@ She said: "I don't know (yet)!" What is the capital of Spain? It's Madrid; it is
 """
 """What the tokenizers are trained on. 東京 is absent on purpose: it has to be spelled in bytes."""
 
-_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+)
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _SPACE = "▁"
 
@@ -68,7 +70,9 @@ def _byte_level_bos() -> PreTrainedTokenizerFast:
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     core = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     _train_byte_level(core, [bos, eos])
     core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), _bos_first(core, bos)])
     return _fast(core, bos_token=bos, eos_token=eos)
@@ -83,7 +87,9 @@ def _metaspace() -> PreTrainedTokenizerFast:
     trained.train_from_iterator(TEXT.splitlines(), trainer)
     learned = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
-    core = Tokenizer(models.BPE(vocab=learned["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core = Tokenizer(
+        models.BPE(vocab=learned["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     core.add_special_tokens(special)
     core.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     core.decoder = decoders.Sequence([*_sentencepiece_decoders(), decoders.Strip(" ", 1, 0)])
@@ -114,13 +120,15 @@ STYLES = {"byte_level": _byte_level, "byte_level_bos": _byte_level_bos, "metaspa
 
 def _train_byte_level(core: Tokenizer, special: list[str]) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(TEXT.splitlines(), trainer)
     core.decoder = decoders.ByteLevel()
 
 
 def _fast(core: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=core, **names)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
 def _bos_first(core: Tokenizer, bos: str) -> processors.TemplateProcessing:
@@ -177,7 +185,9 @@ _GPT_NEO = {
 _OPT = {**_SHAPE, "ffn_dim": D_MLP, "word_embed_proj_dim": D_MODEL}
 _FALCON = {**_SHAPE, "ffn_hidden_size": D_MLP}
 _BLOOM = {"hidden_size": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS}
-_GEMMA_STD = 0.65 * _Recipe.embed_std  # embeddings enter a Gemma multiplied by sqrt(d_model); wider ones drown the blocks
+_GEMMA_STD = (
+    0.65 * _Recipe.embed_std
+)  # embeddings enter a Gemma multiplied by sqrt(d_model); wider ones drown the blocks
 _SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 12.0}
 _GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 
@@ -210,10 +220,14 @@ _RECIPES = {
     "granite": _row("granite", "byte_level", _GROUPED, _GRANITE, embed_std=2 * _Recipe.embed_std),
     "cohere": _row("cohere", "byte_level_bos", _GROUPED, {"logit_scale": 0.5}, embed_std=2 * _Recipe.embed_std),
     "mixtral": _row("mixtral", "metaspace", _EXPERTS, {"num_local_experts": 4}),
-    "qwen3_moe": _row("qwen3_moe", "byte_level", _EXPERTS, {"num_experts": 4, "moe_intermediate_size": 40, "head_dim": 16}),
+    "qwen3_moe": _row(
+        "qwen3_moe", "byte_level", _EXPERTS, {"num_experts": 4, "moe_intermediate_size": 40, "head_dim": 16}
+    ),
     "bloom": _row("bloom", "byte_level", _BLOOM),
     "falcon": _row("falcon", "byte_level", _FALCON),
-    "falcon_sequential": _row("falcon", "byte_level", _FALCON, {"parallel_attn": False, "multi_query": False, "alibi": True}),
+    "falcon_sequential": _row(
+        "falcon", "byte_level", _FALCON, {"parallel_attn": False, "multi_query": False, "alibi": True}
+    ),
 }
 
 FAMILIES: tuple[str, ...] = tuple(_RECIPES)
@@ -230,7 +244,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     config = AutoConfig.for_model(recipe.model_type, **{"vocab_size": len(tokenizer), **ids, **recipe.config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     _sharpen(model, embed_std=recipe.embed_std, seed=seed)
     model.train(False)
     return model
