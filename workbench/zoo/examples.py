@@ -20,7 +20,7 @@ FACTS = (
     "landmark_city/Space Needle",
     "capital/France",
     "landmark_city/Bridge of Sighs",
-    "headquarters/Microsoft",
+    "occupation/Wolfgang Amadeus Mozart",
 )
 """Ids of the facts that are traced, on the first of the bundled models; the page begins with the first of them."""
 
