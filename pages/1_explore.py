@@ -422,3 +422,4 @@ def show_wrong(asked: AskedTrace, wrong: str, *, is_model: bool) -> None:
 
 
 show_page()
+parts.page_is_drawn()

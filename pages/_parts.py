@@ -31,7 +31,7 @@ SENTENCE = "The Space Needle is located in the city of"
 QUIET: dict[str, Any] = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
 """Plotly's configuration: no tool bar, no zooming by accident."""
 
-_importing = threading.Lock()
+_importing, _drawn = threading.Lock(), threading.Event()
 
 
 # -- what a process has once -------------------------------------------------------------------------------------------
@@ -46,11 +46,14 @@ def workshop() -> Workshop:
 def _load(choice: ModelChoice) -> LM:
     """Loads a model in its worker. The first one imports torch, under a lock: two threads importing it at once can break it.
 
-    After every run of a script, also of a poll, Streamlit collects all garbage. What the imports have made is put out of its
-    reach, since walking through it takes longer than the poll and stops the worker meanwhile.
+    It begins when the first page is drawn, which it would hold up for seconds. And after every run of a script, also of a poll,
+    Streamlit collects all garbage: what the imports have made is put out of its reach, since walking through it takes longer
+    than the poll and stops the worker meanwhile.
     """
     with _importing:
         first = "workbench.loading" not in sys.modules
+        if first:
+            _drawn.wait(5)
         from analyses.explore_fact import load_model
         from workbench import loading, locators  # noqa: F401
 
@@ -58,6 +61,11 @@ def _load(choice: ModelChoice) -> LM:
             gc.collect()
             gc.freeze()
     return load_model(choice)
+
+
+def page_is_drawn() -> None:
+    """A page says that its script has come to its end; until one does, torch is not imported."""
+    _drawn.set()
 
 
 def store() -> Store:

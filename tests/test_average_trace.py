@@ -80,7 +80,8 @@ def test_the_default_model_shows_both_published_sites_and_the_planted_band() -> 
     assert early["token"] == "subject_last"
     assert early["layer"] in band
     late = peak(found, "resid_post")
-    assert (late["token"], late["layer"]) == ("last", lm.n_layers - 1)
+    assert late["token"] == "last"
+    assert late["layer"] >= band.stop
     attention = peak(found[found["token"] == "last"], "attn_out")
     assert attention["layer"] >= band.stop
     assert attention["low"] > 0
