@@ -264,3 +264,13 @@ def test_a_device_that_is_not_there_is_refused(saved: Path) -> None:
         for device in ("cuda", "cuda:7"):
             with pytest.raises(ModelError, match="torch sees no GPU here"):
                 load(saved, device=device)
+
+
+def test_a_config_with_fewer_layers_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    lm = fresh_lm("llama")
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
+    with pytest.raises(ModelError, match="cut short"):
+        load(tmp_path)

@@ -447,3 +447,11 @@ def test_the_protocol_says_what_a_reader_needs_to_repeat_a_run() -> None:
         "attention": "sdpa",
         "bos": True,
     }
+
+
+@pytest.mark.parametrize("column", [0, 7, 79])
+def test_the_hash_sees_a_change_that_autograd_does_not_count(column: int) -> None:
+    lm = fresh_lm("llama")
+    before = lm.weight_hash
+    lm.part(1, lm.layout.down_proj).get_parameter("weight").data[:, column] += 0.5
+    assert lm.weight_hash != before

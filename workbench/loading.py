@@ -66,7 +66,7 @@ def load(
         config = AutoConfig.from_pretrained(where, **hub)
     except Exception as error:  # a foreign file makes transformers raise anything
         raise ModelError(_why_not(str(name), where, error)) from error
-    layout_for(config)
+    layout = layout_for(config)
     if Path(where).is_dir():
         _check_folder(Path(where), allow_pickle=allow_pickle)
         if device_map is None:
@@ -89,6 +89,12 @@ def load(
         raise ModelError(
             f"{str(name)!r} lacks {len(missing)} of the weights its config.json describes, e.g. {missing[0]!r}, "
             "which would be left random. Choose a complete checkpoint."
+        )
+    blocks = re.compile(rf"{re.escape(layout.blocks)}\.(\d+)\.")
+    if beyond := sorted(name for name in info["unexpected_keys"] if blocks.match(name) and "bias" not in name):
+        raise ModelError(
+            f"{str(name)!r} has weights that its config.json does not describe, e.g. {beyond[0]!r}, so it would be cut short. "
+            "Mend num_hidden_layers in its config.json, or choose another folder."
         )
     if device_map is None:
         torch.nn.Module.to(model, place)

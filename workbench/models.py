@@ -155,7 +155,7 @@ class LM:
         self.layout: Layout = layout_of(model)
         self.name = name or model.config._name_or_path or self.layout.family
         self.bos = bos
-        self._hashed: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self._hashed: tuple[tuple[tuple[int, int, float], ...], str] | None = None
         self._parts: dict[tuple[int, SiteKind], nn.Module] = {}
         config = model.config.get_text_config()
         self.n_layers = len(self.blocks)
@@ -231,9 +231,10 @@ class LM:
     def weight_hash(self) -> str:
         """16 hexadecimal digits that name these very weights: of every parameter's name, dtype, shape and bytes.
 
-        Computed once, and again after a parameter was changed in place or replaced (as autograd counts it).
+        Computed once, and again after a parameter was changed or replaced. A change is seen by autograd's own count and, since
+        `parameter.data` slips past that, by a sum over some thousand numbers of each parameter.
         """
-        state = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        state = tuple(_state(parameter) for parameter in self.model.parameters())
         if self._hashed is None or self._hashed[0] != state:
             digest = hashlib.blake2b(digest_size=8)
             for name, parameter in sorted(self.model.named_parameters()):
@@ -350,3 +351,10 @@ class LM:
         if not inside:
             raise ModelError(f"No token covers the subject {fact.subject!r} of {fact.text!r}. Choose a longer subject.")
         return inside[0], inside[-1] + 1
+
+
+def _state(parameter: Tensor) -> tuple[int, int, float]:
+    """Changes when a parameter does: its place, autograd's count of changes in place, and a sum over a sample of it."""
+    numbers = parameter.detach().flatten()
+    sample = numbers[:: max(1, len(numbers) // 4096)].float().sum()
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, float(sample)

@@ -47,7 +47,7 @@ class Noise:
     """Whether `number` counts in sigma_t."""
 
     @classmethod
-    def parse(cls, text: str | float) -> Noise:
+    def parse(cls, text: str | float | int) -> Noise:
         """The noise spelled by `text`.
 
         Raises:
