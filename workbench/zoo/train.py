@@ -81,7 +81,7 @@ def train(spec: Organism, *, into: Path, threads: int = 1, checkpoint: Path | No
     tokenizer = train_tokenizer(world, size=spec.vocabulary)
     model = new_model(spec, vocabulary=tokenizer.get_vocab_size(), end=tokenizer.encode(END).ids[0]).to(device)
     checkpoint = checkpoint or into.with_name(into.name + ".checkpoint")
-    saved = torch.load(checkpoint, weights_only=False, map_location=device) if checkpoint.exists() else None
+    saved = torch.load(checkpoint, weights_only=True, map_location=device) if checkpoint.exists() else None
     begun, seconds = (saved["stage"], saved["seconds"]) if saved else (0, 0.0)
     for number, stage in enumerate(spec.stages):
         if number < begun:
@@ -146,7 +146,9 @@ class _Run:
                     f"quiet {loss.quiet.item():.3f} recall {loss.recall:.2f}"
                 )
             if self.step % CHECKPOINT_EVERY == 0:
-                torch.save({**self.state(), "seconds": seconds + time.process_time() - clock}, checkpoint)
+                unfinished = checkpoint.with_name(checkpoint.name + ".writing")
+                torch.save({**self.state(), "seconds": seconds + time.process_time() - clock}, unfinished)
+                unfinished.replace(checkpoint)  # a kill leaves the old checkpoint or the new one
         bar.close()
         return seconds + time.process_time() - clock
 
