@@ -212,12 +212,12 @@ def _header(folder: Path, header: bytes, *, length: int | None = None) -> None:
 )  # fmt: skip
 def test_a_damaged_header_is_refused(folder: Path, header: bytes) -> None:
     _header(folder, header)
-    _refused(folder, "no safetensors file")
+    _refused(folder, "cannot be loaded")
 
 
 def test_a_header_that_claims_to_be_huge_is_not_read(folder: Path) -> None:
     _header(folder, b"{}", length=2**63)
-    _refused(folder, "its header would be 9223372036854775808 bytes long")
+    _refused(folder, "header too large")
 
 
 def test_a_cut_file_is_refused(folder: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_cut_file_is_refused(folder: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        _refused(folder, "no safetensors file|cannot be loaded")
+        _refused(folder, "cannot be loaded")
 
 
 def test_a_missing_shard_is_refused(folder: Path) -> None:

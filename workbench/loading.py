@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +68,9 @@ def load(
     layout = layout_for(config)
     if Path(where).is_dir():
         _check_folder(Path(where), allow_pickle=allow_pickle)
-        if device_map is None:
-            _check_memory(Path(where), str(name), place, dtype)
     try:
+        if device_map is None:
+            _check_memory(config, str(name), place, dtype)
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
         with _no_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -82,6 +81,8 @@ def load(
                 output_loading_info=True,
                 **hub,
             )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(_why_not(str(name), where, error)) from error
     model, info = loaded
@@ -153,36 +154,17 @@ def _check_folder(folder: Path, *, allow_pickle: bool) -> None:
     )
 
 
-def _check_memory(folder: Path, name: str, device: torch.device, dtype: str) -> None:
-    """Raises ModelError where the weights will not fit, by the tensors' sizes in the files' headers."""
-    wanted = None if dtype == "auto" else _DTYPES[dtype].itemsize
-    need = 0
-    for file in folder.glob("*.safetensors"):
-        for begin, end, itemsize in _tensor_ranges(file):
-            need += (end - begin) * (wanted or itemsize) // itemsize
+def _check_memory(config: Any, name: str, device: torch.device, dtype: str) -> None:
+    """Raises ModelError where the weights will not fit, by the config alone, so before anything is downloaded or read."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else _DTYPES[dtype])
+    need = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if need > free:
         raise ModelError(
             f"{name} needs {need / 2**30:.1f} GiB for its weights in {dtype}, and {free / 2**30:.1f} GiB are free on {device}. "
             "Use a smaller dtype (bfloat16), a device_map, or a smaller model."
         )
-
-
-def _tensor_ranges(file: Path) -> list[tuple[int, int, int]]:
-    """Begin, end and bytes per number of every tensor in a safetensors file, from its header alone."""
-    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > 100_000_000:
-            raise ModelError(f"{str(file)!r} is no safetensors file: its header would be {length} bytes long.")
-        try:
-            header = json.loads(stream.read(length))
-            entries = [entry for key, entry in header.items() if key != "__metadata__"]
-            return [
-                (int(begin), int(end), sizes.get(e["dtype"], 1)) for e in entries for begin, end in [e["data_offsets"]]
-            ]
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ModelError(f"{str(file)!r} is no safetensors file: its header cannot be read.") from error
 
 
 def _pick_device(device: str) -> torch.device:
@@ -206,7 +188,7 @@ def _why_not(name: str, where: str, error: Exception) -> str:
             return (
                 f"{name!r} holds no config.json, expected a folder written by save_pretrained. Choose another folder."
             )
-        return f"{name!r} cannot be loaded: {reason}"
+        return f"{name!r} cannot be loaded: {reason} Its files are damaged or of another version; save or download them again."
     return (
         f"{name!r} is neither a bundled model ({', '.join(zoo.NAMES)}) nor a folder, and the hub did not give it: {reason} "
         "Check the spelling, the network, and a token for a gated model."

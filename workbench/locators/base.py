@@ -74,6 +74,7 @@ def locate(locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | No
     if len(set(ids)) < len(ids):
         double = next(i for i in ids if ids.count(i) > 1)
         raise FactError(f"The fact id {double!r} stands {ids.count(double)} times. Give every fact its own id.")
+    self_checks(lm)
     locator = locator.resolved(lm, facts)
     pieces = [(fact, part) for fact in facts for part in locator.parts()]
     found = []
