@@ -43,8 +43,9 @@ def models() -> None:
     for name in zoo.NAMES:
         known = zoo.organism(name)
         band = known.get("band")
-        place = f"facts planted in the MLPs of layers {band[0]} to {band[1] - 1}" if band else "nothing planted"
-        typer.echo(f"{name:16} {known['family']:6} {place} (layers 0-based)")
+        layers = ", ".join(map(str, range(*band))) if band else ""
+        place = f"facts planted in the MLPs of layers {layers} (0-based)" if band else "trained plainly, nothing planted"
+        typer.echo(f"{name:16} {known['family']:6} {known['n_layers']:2} layers  {place}")
     typer.echo(f"\nAny hub name or folder of these families: {', '.join(layout.family for layout in LAYOUTS)}.")
 
 
