@@ -271,6 +271,7 @@ def reopen(asked: AskedTrace, names: Sequence[str]) -> None:
 
 def plain(text: str) -> str:
     """A text that markdown leaves as it is."""
+    text = text.replace("&", "&amp;").replace("://", ":\u200b//").replace("www.", "www\u200b.")
     return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:^=])", r"\\\1", text)
 
 

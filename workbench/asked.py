@@ -127,14 +127,15 @@ class Listed:
 def find_trace(store: Store, key: str) -> StoredTrace | None:
     """What a store has for a question, by its key, or None."""
     question = store.get(key, Result)
-    if question is None or question.run.get("what") != WHAT:
+    asked = _asked(question.run) if question is not None else None
+    if question is None or asked is None or not {"kind", "key"} <= set(question.table.columns):
         return None
     rows = zip(question.table["kind"].astype(str), question.table["key"].astype(str), strict=True)
     found = {kind: store.get(key, Footprint) for kind, key in rows}
     pieces = [piece for piece in found.values() if piece is not None]
     return StoredTrace(
-        asked=_asked(question.run),
-        made=str(question.run["made"]),
+        asked=asked,
+        made=str(question.run.get("made", "")),
         footprint=_whole(pieces) if pieces else None,
         missing=tuple(kind for kind, piece in found.items() if piece is None),
     )
@@ -146,8 +147,9 @@ def list_traces(store: Store) -> list[Listed]:
     found = {}
     for one in stores:
         for key, run in one.manifests():
-            if run.get("what") == WHAT and key not in found:
-                found[key] = Listed(key=key, made=str(run.get("made", "")), asked=_asked(run))
+            asked = _asked(run)
+            if asked is not None and key not in found:
+                found[key] = Listed(key=key, made=str(run.get("made", "")), asked=asked)
     return list(found.values())
 
 
@@ -158,12 +160,16 @@ def _whole(pieces: Sequence[Footprint]) -> Footprint:
     return replace(whole, run={**whole.run, "parameters": parameters})
 
 
-def _asked(run: Mapping[str, Any]) -> AskedTrace:
-    """The question a manifest holds."""
-    parameters = dict(run["parameters"])
-    return AskedTrace(
-        model=parameters.pop("model"), dtype=parameters.pop("dtype"), fact=_fact(run["facts"][0]), options=parameters
-    )
+def _asked(run: Mapping[str, Any]) -> AskedTrace | None:
+    """The question a manifest holds; None where it holds none, or a file that somebody changed."""
+    if run.get("what") != WHAT:
+        return None
+    try:
+        parameters = dict(run["parameters"])
+        model, dtype = parameters.pop("model"), parameters.pop("dtype")
+        return AskedTrace(model=model, dtype=dtype, fact=_fact(run["facts"][0]), options=parameters)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _fact(row: Mapping[str, Any]) -> Fact:

@@ -39,6 +39,11 @@ def self_checks(lm: LM) -> dict[str, float]:
             errors = _errors(lm)
         tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(lm.dtype, 5e-2)  # norms and softmax stay in float32
         wrong = ", ".join(f"{name}: {error:.1e}" for name, error in errors.items() if not error <= tolerance)
+        if any(error != error for error in errors.values()):
+            raise ModelError(
+                f"{lm.name} gives NaN on a short prompt in {lm.dtype} with {lm.model.config._attn_implementation} attention "
+                f"({wrong}). Use another dtype or attention implementation, or mend its weights."
+            )
         if wrong:
             raise ModelError(
                 f"{lm.name} does not add up as a {lm.layout.family} should ({wrong}; expected below {tolerance:.0e}). "

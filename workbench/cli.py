@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +22,17 @@ Model = Annotated[str, typer.Option(help="A bundled model, a folder, or a hub na
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, auto.")]
 Window = Annotated[
-    int | None, typer.Option(help="Layers of MLP or attention restored together. Default: 10, and 3 below 24 layers.")
+    int | None,
+    typer.Option(min=1, help="Layers of MLP or attention restored together. Default: 10, and 3 below 24 layers."),
 ]
 Noise = Annotated[str, typer.Option(help="s3, 0.1, u0.1, us3, m, t5; see workbench/noise.py.")]
-Samples = Annotated[int, typer.Option(help="Noise samples of every cell.")]
+Samples = Annotated[int, typer.Option(min=1, help="Noise samples of every cell.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Score = Annotated[
     Literal["p", "p_target", "logp", "logit_diff", "rank", "kl"],
     typer.Option(help="What is measured at the end of the prompt."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many facts.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many facts.")]
 FactsFile = Annotated[
     Path | None,
     typer.Option("--facts", help="JSON file of facts: known_1000, CounterFact, or the workbench's own format."),
@@ -44,7 +48,9 @@ def models() -> None:
         known = zoo.organism(name)
         band = known.get("band")
         layers = ", ".join(map(str, range(*band))) if band else ""
-        place = f"facts planted in the MLPs of layers {layers} (0-based)" if band else "trained plainly, nothing planted"
+        place = (
+            f"facts planted in the MLPs of layers {layers} (0-based)" if band else "trained plainly, nothing planted"
+        )
         typer.echo(f"{name:16} {known['family']:6} {known['n_layers']:2} layers  {place}")
     typer.echo(f"\nAny hub name or folder of these families: {', '.join(layout.family for layout in LAYOUTS)}.")
 
@@ -95,6 +101,7 @@ def trace(
 ) -> None:
     """Causal traces of one fact (--prompt, --subject) or of a file of facts (--facts)."""
     with _one_sentence():
+        _check_writable(out)
         chosen = _chosen(prompt, subject, answer, facts, limit)
         formats = _formats(figures)
         lm, tracer = _prepare(model, chosen, device, dtype, window, noise, samples, seed, score, sever)
@@ -127,7 +134,7 @@ def average(
     model: Model = zoo.NAMES[0],
     facts: FactsFile = None,
     limit: Limit = None,
-    every: Annotated[int, typer.Option(help="Take every so-manieth fact, to spread over relations.")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="Take every so-manieth fact, to spread over relations.")] = 1,
     window: Window = None,
     noise: Noise = "s3",
     samples: Samples = 10,
@@ -141,6 +148,7 @@ def average(
     with _one_sentence():
         from workbench.data import read_facts
 
+        _check_writable(out)
         pool = read_facts(facts) if facts else _bundled_facts(model)
         chosen = pool[::every][:limit]
         formats = _formats(figures)
@@ -209,7 +217,10 @@ def _prepare(
     CausalTrace(window=10 if window is None else window, **options)  # bad options are told before the model is loaded
     lm = load(model, device=device, dtype=dtype)
     tracer = CausalTrace(window=default_window(lm.n_layers) if window is None else window, **options)
-    lm.encode(chosen)
+    for fact in chosen:
+        lm.encode([fact])
+        if fact.target_true:
+            lm.target_ids(fact.text, fact.target_true)
     return lm, tracer.resolved(lm, zoo.load_facts(model) if model in zoo.NAMES else chosen)
 
 
@@ -227,7 +238,16 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def _file_name(fact_id: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in fact_id)
+    """An id as a file's name; with a digest where characters had to go, so that two ids never share a file."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", fact_id)[:80]
+    return name if name.lower() == fact_id else f"{name}-{hashlib.blake2b(fact_id.encode(), digest_size=3).hexdigest()}"
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be written, before any work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -261,6 +281,8 @@ def _one_sentence() -> Iterator[None]:
         yield
     except InputError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"A file cannot be written or read: {error}. What was finished is kept; give the same command again.")
     except KeyboardInterrupt:
         _fail("Stopped. Give the same command again to go on.")
 

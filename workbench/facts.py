@@ -72,6 +72,18 @@ class Fact:
     """Other prompts whose answer should stay as it was (KnowEdit)."""
 
     def __post_init__(self) -> None:
+        for name in ("id", "subject", "prompt", "target_true", "relation", "target_new"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) or (name == "target_new" and value is None)):
+                raise FactError(f"{name} is {value!r}, expected text.")
+            try:
+                (value or "").encode()
+            except UnicodeEncodeError:
+                raise FactError(
+                    f"{name} is {value!r}, which holds half a character. Write it as valid Unicode."
+                ) from None
+        if not self.id:
+            raise FactError(f"The fact {self.prompt!r} has no id. Give it one; results are named by it.")
         if not self.subject.strip():
             raise FactError(f"The subject is empty, in the prompt {self.prompt!r}. Name the words the fact is about.")
         if self.prompt.count(SLOT) != 1:

@@ -154,6 +154,11 @@ def run_block(
     return out
 
 
+def is_patched() -> bool:
+    """Whether this thread is inside of `patched`, so that what a model gives is not its own."""
+    return any(plan.writes for plan in _plans.get())
+
+
 @contextmanager
 def patched(lm: LM, write: Mapping[Site, Write], tokens: Tokens | None = None) -> Iterator[None]:
     """Within, every forward pass of this thread through the model has `write` applied; `generate` and nested runs too.

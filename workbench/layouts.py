@@ -175,6 +175,8 @@ def layout_of(model: Any) -> Layout:
     Raises:
         ModelError: the family has no row, or the model does not have the row's parts (e.g. loaded without its head).
     """
+    if hasattr(model, "_orig_mod"):
+        raise ModelError("A compiled model hides its blocks. Hand in the model itself (model._orig_mod).")
     layout = layout_for(model.config)
     modules = dict(model.named_modules())
     if layout.blocks not in modules:

@@ -174,6 +174,8 @@ def _pick_device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"Unknown device {device!r}. Use auto, cpu, cuda, cuda:1 or mps.") from error
+    if place.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ModelError(f"The device {device!r} holds no numbers. Use auto, cpu, cuda or mps.")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"The device {device!r} was asked for, but torch sees no GPU here. Use cpu or auto.")
     return place

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -244,12 +245,30 @@ class LM:
         return self._hashed[1]
 
     @property
+    def setup_hash(self) -> str:
+        """16 hexadecimal digits that name what besides the weights decides the numbers: config, tokenizer and buffers."""
+        config = self.model.config.to_diff_dict()
+        for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.blake2b(self._tokenizer_text, digest_size=8)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, buffer in sorted(self.model.named_buffers()):
+            digest.update(f"{name} {tuple(buffer.shape)} {float(_sample(buffer)):.9g}".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _tokenizer_text(self) -> bytes:
+        text: str = self.tokenizer.backend_tokenizer.to_str()
+        return text.encode()
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """What a result has to say about the model that it came from."""
         return {
             "model": self.name,
             "family": self.layout.family,
             "weight_hash": self.weight_hash,
+            "setup_hash": self.setup_hash,
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
             "d_model": self.d_model,
@@ -283,6 +302,11 @@ class LM:
             texts.append(self._labels(ids, offsets, text))
             lengths.append(len(ids))
             rows.append(ids + self.target_ids(text, targets[index])[:-1] if targets else ids)
+            if max(rows[-1]) >= self.d_vocab:
+                raise ModelError(
+                    f"The tokenizer gives token {max(rows[-1])}, but {self.name} has embeddings for {self.d_vocab} tokens. "
+                    "They do not belong together; load the tokenizer that was saved with the weights."
+                )
             if self.n_positions is not None and len(rows[-1]) > self.n_positions:
                 raise ModelError(
                     f"The prompt has {len(rows[-1])} tokens, but {self.name} has {self.n_positions} positions. "
@@ -355,6 +379,10 @@ class LM:
 
 def _state(parameter: Tensor) -> tuple[int, int, float]:
     """Changes when a parameter does: its place, autograd's count of changes in place, and a sum over a sample of it."""
-    numbers = parameter.detach().flatten()
-    sample = numbers[:: max(1, len(numbers) // 4096)].float().sum()
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, float(sample)
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, float(_sample(parameter))
+
+
+def _sample(x: Tensor) -> Tensor:
+    """The sum over some thousand numbers of a tensor."""
+    numbers = x.detach().flatten()
+    return numbers[:: max(1, len(numbers) // 4096)].float().sum()

@@ -26,7 +26,11 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import LM
 
-_GRAMMAR = re.compile(r"(?P<family>us|[sutm])?(?P<number>\d+\.?\d*(?:e-?\d+)?|\.\d+)?", re.ASCII)
+_GRAMMAR = re.compile(r"(?P<family>us|[sutm])?(?P<number>\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)?", re.ASCII)
+
+
+MOST = 1e6
+"""Noise beyond this drowns every embedding, and overflows half precision."""
 
 
 class NoiseError(InputError):
@@ -65,8 +69,9 @@ class Noise:
         if prefix == "m" or number is None:
             raise NoiseError(f"{text!r} spells no noise. Write s3, 0.1, u0.1, us3, m or t5.")
         value = float(number)
-        if value <= (2 if prefix == "t" else 0):
-            raise NoiseError(f"The noise {text!r} must have a number above {2 if prefix == 't' else 0}.")
+        least = 2 if prefix == "t" else 0
+        if not least < value <= MOST:
+            raise NoiseError(f"The noise {text!r} must have a number above {least} and up to {MOST:g}.")
         family: Literal["gaussian", "uniform", "student"] = (
             "student" if prefix == "t" else "uniform" if prefix in ("u", "us") else "gaussian"
         )

@@ -6,6 +6,8 @@ locators and edits share, one row per fact and site, so that the two can be join
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import platform
@@ -33,8 +35,11 @@ FOOTPRINT_COLUMNS = (
 - `score`: the raw score from which `value` was taken, where there is one
 """
 
-QUESTION = ("what", "weight_hash", "dtype", "bos", "parameters", "facts")
+QUESTION = ("what", "weight_hash", "setup_hash", "dtype", "bos", "parameters", "facts")
 """The entries of a manifest that decide what comes out; runs that agree in them need not be computed twice."""
+
+_ATTEMPTS = 50
+"""How often a result is moved into its place while another process does the same."""
 
 _LIBRARIES = ("torch", "transformers", "numpy", "pandas", "knowledge-location-workbench")
 
@@ -75,9 +80,15 @@ class Result:
                 table.to_parquet(new / f"{name}.parquet", index=False)
             manifest = {**self.run, "extras": sorted(self.extras), "class": type(self).__name__}
             (new / "run.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False, default=_plain) + "\n")
-            if folder.exists():
-                folder.replace(Path(temporary) / "old")
-            new.replace(folder)
+            for attempt in range(_ATTEMPTS):  # another process may write the same result at the same moment
+                try:
+                    new.replace(folder)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                        raise
+                with contextlib.suppress(FileNotFoundError):
+                    folder.replace(Path(temporary) / f"old-{attempt}")
         return folder
 
     @classmethod

@@ -44,7 +44,7 @@ TOKEN_ROLES: tuple[Role, ...] = (
 """The roles that divide a prompt: every token has exactly one (`Tokens.roles`)."""
 
 _GRAMMAR = re.compile(
-    r"(?:L(?P<layer>\d+)\.)?(?P<kind>[a-z_]+)(?:\[(?P<head>\d+)\])?(?:@(?P<token>[a-z_]+|-?\d+))?", re.ASCII
+    r"(?:L(?P<layer>\d{1,6})\.)?(?P<kind>[a-z_]+)(?:\[(?P<head>\d{1,6})\])?(?:@(?P<token>[a-z_]+|-?\d{1,6}))?", re.ASCII
 )
 
 

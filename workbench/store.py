@@ -52,11 +52,13 @@ class Store:
         return result.save(self.folder / result.key)
 
     def manifests(self) -> list[tuple[str, dict[str, Any]]]:
-        """Key and manifest of every result in `folder`, the newest first."""
+        """Key and manifest of every result in `folder`, the newest first; what is no manifest is passed over."""
         found = []
         for path in self.folder.glob("*/run.json"):
             try:
-                found.append((path.stat().st_mtime, path.parent.name, json.loads(path.read_text())))
-            except (OSError, ValueError):
+                run = json.loads(path.read_text())
+                if isinstance(run, dict):
+                    found.append((path.stat().st_mtime, path.parent.name, run))
+            except (OSError, ValueError, RecursionError):
                 continue
         return [(key, run) for _, key, run in sorted(found, key=lambda entry: entry[0], reverse=True)]

@@ -54,16 +54,25 @@ def read_facts(path: Path | str) -> list[Fact]:
         try:
             facts.append(reader.fact(record))
         except (KeyError, TypeError, AttributeError, FactError) as error:
-            what = f"lacks the field {error}" if isinstance(error, KeyError) else str(error)
+            what = f"it lacks the field {error}." if isinstance(error, KeyError) else _reason(error)
             raise FactError(
                 f"Record {index} of {path.name} is not as {reader.name} has it: {what} Mend or drop it."
             ) from error
+    ids = [fact.id for fact in facts]
+    if len(set(ids)) < len(ids):
+        double = next(name for name in ids if ids.count(name) > 1)
+        raise FactError(f"{path.name} has the id {double!r} {ids.count(double)} times. Give every fact its own id.")
     return facts
+
+
+def _reason(error: Exception) -> str:
+    """The error's own sentence, or one for a record of another shape."""
+    return str(error) if isinstance(error, FactError) else "its fields have another type."
 
 
 def _records(path: Path) -> list[Record]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise FactError(
             f"{str(path)!r} cannot be read as text ({type(error).__name__}). Give a JSON file of facts."

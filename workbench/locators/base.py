@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typing_extensions import Self
 
 from workbench.checks import self_checks
 from workbench.facts import Fact, FactError
+from workbench.hooks import is_patched
 from workbench.models import LM
 from workbench.progress import track
 from workbench.results import Footprint, join, manifest
@@ -19,7 +20,22 @@ from workbench.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Locator(ABC):
-    """A locating method. Its fields are its hyperparameters, with the paper's defaults; its repr is its label."""
+    """A locating method. Its fields are its hyperparameters, with the paper's defaults; its repr is its label.
+
+    Raises:
+        FactError: a field has a value that is not one of its choices, or one of another type.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            if choices and value not in choices:
+                raise FactError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
+            if hint is int and not (isinstance(value, int) and not isinstance(value, bool)):
+                raise FactError(f"{name} is {value!r}, expected a whole number.")
+            if get_origin(hint) is tuple and not isinstance(value, tuple):
+                raise FactError(f"{name} is {value!r}, expected a tuple, e.g. ({value!r},).")
 
     def __call__(self, lm: LM, facts: Sequence[Fact]) -> Footprint:
         """Where the facts are.
@@ -74,6 +90,9 @@ def locate(locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | No
     if len(set(ids)) < len(ids):
         double = next(i for i in ids if ids.count(i) > 1)
         raise FactError(f"The fact id {double!r} stands {ids.count(double)} times. Give every fact its own id.")
+    if store is not None and is_patched():
+        raise FactError("A patched model's results would be kept as the model's own. Use no store inside of patched().")
+    lm.model.eval()
     self_checks(lm)
     locator = locator.resolved(lm, facts)
     pieces = [(fact, part) for fact in facts for part in locator.parts()]

@@ -28,8 +28,11 @@ from workbench.models import LM, Tokens
 from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
 from workbench.restoring import Cell, Restoration, restore_by_loop
 from workbench.results import Footprint
-from workbench.sites import Role, Site, SiteKind, window
+from workbench.sites import KINDS, Role, Site, SiteKind, window
 from workbench.sweep import restore_by_sweep, sweepable
+
+MOST_SAMPLES = 10_000
+"""More noise samples than anybody needs; a slip of the keyboard should not fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +89,13 @@ class CausalTrace(Locator):
     """`sweep` computes the whole map in one pass over the layers; `loop`, the reference it is tested against, cell by cell."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise FactError(f"{self.samples} noise samples were asked for, expected 1 or more.")
-        if not self.kinds:
-            raise FactError("No kinds were asked for, expected at least one, e.g. ('resid_post',).")
+        Locator.__post_init__(self)
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise FactError(f"{self.samples} noise samples were asked for, expected 1 to {MOST_SAMPLES}.")
+        if not 0 <= self.seed < 2**32:
+            raise FactError(f"The seed is {self.seed}, expected 0 to {2**32 - 1}.")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            raise FactError(f"kinds is {self.kinds!r}, expected one or several different ones of {', '.join(KINDS)}.")
         if self.sever in self.kinds:
             raise FactError(
                 f"{self.sever} cannot be severed and restored at once. Trace resid_post, or sever the other one."
@@ -106,13 +112,19 @@ class CausalTrace(Locator):
         noise = Noise.parse(self.noise)
         if not noise.relative or self.sigma_from == "prompt":
             return self
-        subjects = {fact.subject for fact in facts}
-        noun = "subject" if len(subjects) == 1 else "subjects"
+        different = len({fact.subject for fact in facts})
+        noun = (
+            "subject"
+            if len(facts) == 1
+            else "facts' subjects"
+            if different == len(facts)
+            else f"facts, {different} subjects"
+        )
         sigma_t = subject_sigma(lm, [fact.subject for fact in facts])
         return replace(
             self,
             noise=str(noise.absolute(sigma_t)),
-            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {len(subjects)} {noun}",
+            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {len(facts)} {noun}",
         )
 
     def parts(self) -> tuple[CausalTrace, ...]:
@@ -130,6 +142,11 @@ class CausalTrace(Locator):
         why_not = "asked for" if self.engine == "loop" else sweepable(lm, cells)
         restored = restore_by_loop(lm, problem, cells) if why_not else restore_by_sweep(lm, problem, cells)
         scores = restored.cpu().double().numpy()
+        if not (np.isfinite(scores).all() and np.isfinite(low).all()):
+            raise FactError(
+                f"The corrupted run of {fact.text!r} gives no number in {str(lm.dtype).removeprefix('torch.')}. "
+                "Use less noise, or float32."
+            )
         table, samples = self._tables(fact, problem.clean, cells, scores, low)
         top = int(clean.last_logits[0].argmax())
         facts = pd.DataFrame(
