@@ -277,7 +277,7 @@ def test_sigma_comes_from_all_subjects_or_from_each_prompts_own(gpt2: LM) -> Non
     facts = [EIFFEL, ZURICH]
     together = CausalTrace(kinds=STATES, samples=1)(gpt2, facts)
     assert together.run["sigma"] == pytest.approx(3 * subject_sigma(gpt2, [f.subject for f in facts]))
-    assert "2 subjects" in together.run["parameters"]["sigma_note"]
+    assert "2 facts' subjects" in together.run["parameters"]["sigma_note"]
     own = CausalTrace(kinds=STATES, samples=1, sigma_from="prompt")(gpt2, facts)
     sigmas = own.extras["facts"].set_index("fact")["sigma"]
     ids = gpt2.tokenizer(" Eiffel Tower")["input_ids"]
@@ -395,8 +395,19 @@ def test_every_kind_of_site_can_be_restored(lm: LM) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"samples": 0}, FactError, "expected 1 or more"),
-        ({"kinds": ()}, FactError, "at least one"),
+        ({"samples": 0}, FactError, "expected 1 to"),
+        ({"samples": 10**7}, FactError, "expected 1 to"),
+        ({"samples": 2.5}, FactError, "whole number"),
+        ({"seed": -1}, FactError, "expected 0 to"),
+        ({"seed": 2**32}, FactError, "expected 0 to"),
+        ({"kinds": ()}, FactError, "one or several different ones"),
+        ({"kinds": ("z", "z")}, FactError, "one or several different ones"),
+        ({"kinds": ("mlp",)}, FactError, "one or several different ones"),
+        ({"kinds": "resid_post"}, FactError, "expected a tuple"),
+        ({"score": "nope"}, FactError, "expected one of p, "),
+        ({"sever": "z"}, FactError, "expected one of none, "),
+        ({"noise": "1e400"}, NoiseError, "up to"),
+        ({"noise": "s1e9"}, NoiseError, "up to"),
         ({"kinds": ("mlp_out",), "sever": "mlp_out"}, FactError, "cannot be severed and restored at once"),
         ({"window": 0}, SiteError, "expected 1 or more"),
         ({"noise": "loud"}, NoiseError, "spells no noise"),

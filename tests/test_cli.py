@@ -45,10 +45,48 @@ def test_one_fact_is_traced_drawn_and_stored(tmp_path: Path) -> None:
         "trace", *QUICK, "--prompt", fact.text, "--subject", fact.subject, "--out", tmp_path, "--figures", "pdf,svg"
     )
     assert ran.exit_code == 0, ran.output
-    assert f"-> {fact.target_true}" in ran.output
+    assert f"-> {fact.target_true}\n" in ran.output
     stored = [Footprint.load(path.parent) for path in tmp_path.glob("*/run.json")]
     assert {footprint.kinds for footprint in stored} == {("resid_post",), ("mlp_out",), ("attn_out",)}
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".pdf", ".svg", ".csv"}
+
+
+def test_ids_never_share_a_file_nor_leave_the_folder(tmp_path: Path) -> None:
+    fact = zoo.load_facts(TINY)[0]
+    ids = ["../../x", "..-..-x", "Abc", "abc", "x" * 400]
+    records = [{"id": name, "subject": fact.subject, "prompt": fact.prompt} for name in ids]
+    (tmp_path / "facts.json").write_text(json.dumps(records))
+    ran = call("trace", *QUICK, "--facts", tmp_path / "facts.json", "--out", tmp_path / "out")
+    assert ran.exit_code == 0, ran.output
+    pdfs = list((tmp_path / "out").glob("*.pdf"))
+    assert len({path.name.lower() for path in pdfs}) == len(ids)
+    assert not list(tmp_path.glob("*.pdf"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ran = call("trace", *QUICK, "--prompt", "A b is", "--subject", "b", "--out", tmp_path / "file")
+    assert ran.exit_code == 2
+    assert "cannot be written" in ran.output
+
+
+def test_what_the_model_does_not_know_is_said(tmp_path: Path) -> None:
+    fact = zoo.load_facts(TINY)[0]
+    asked: list[str | Path] = [
+        "--prompt",
+        fact.text,
+        "--subject",
+        fact.subject,
+        "--answer",
+        "the",
+        "--out",
+        tmp_path,
+        "--figures",
+        "",
+    ]
+    ran = call("trace", *QUICK, *asked)
+    assert f"the model says '{fact.target_true}'" in ran.output
+    assert "knows 0 of 1 facts" in ran.output
 
 
 def facts_file(folder: Path, n: int) -> Path:
@@ -100,12 +138,15 @@ def test_the_average_writes_its_table_and_figure(tmp_path: Path) -> None:
         (["--prompt", " ", "--subject", "x"], "The prompt is empty"),
         (["--prompt", "A b", "--subject", ""], "The subject is empty"),
         (["--prompt", "A b is", "--subject", "b", "--noise", "x9"], "spells no noise"),
-        (["--prompt", "A b is", "--subject", "b", "--samples", "0"], "noise samples"),
-        (["--prompt", "A b is", "--subject", "b", "--window", "-1"], "layers wide"),
+        (["--prompt", "A b is", "--subject", "b", "--samples", "0"], "Invalid value for '--samples'"),
+        (["--prompt", "A b is", "--subject", "b", "--window", "-1"], "Invalid value for '--window'"),
         (["--prompt", "A b is", "--subject", "b", "--figures", "gif"], "Unknown figure format gif"),
         (["--prompt", "A b is", "--subject", "b", "--model", "no/such/folder"], "There is no folder"),
         (["--prompt", "A b is " * 100, "--subject", "b"], "positions"),
-        (["--facts", "nowhere.json"], "cannot be read"),
+        (["--prompt", "A b is", "--subject", "b", "--seed", "-1"], "The seed is -1"),
+        (["--prompt", "A b is", "--subject", "b", "--noise", "1e400"], "up to"),
+        (["--prompt", "A b is", "--subject", "b", "--device", "meta"], "holds no numbers"),
+        (["--facts", "nowhere.json"], "There is no file"),
         (["--facts", "nowhere.json", "--prompt", "A"], "Both --facts and --prompt"),
     ],
 )

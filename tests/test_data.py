@@ -91,6 +91,11 @@ def test_the_bundled_file_reads_like_any_other() -> None:
         (json.dumps([{**COUNTERFACT, "requested_rewrite": {}}]), "lacks the field 'target_true'"),
         (json.dumps([{**COUNTERFACT, "requested_rewrite": None}]), "Record 0 of facts.json"),
         (json.dumps([{"id": "a", "subject": 1, "prompt": "{}"}]), "Record 0 of facts.json"),
+        (json.dumps([{"id": 5, "subject": "b", "prompt": "{}"}]), "id is 5, expected text"),
+        (json.dumps([{"id": "a", "subject": "b", "prompt": "{}", "target_new": 7}]), "target_new is 7, expected text"),
+        (json.dumps([{"id": "a", "subject": "\ud800", "prompt": "{}"}]), "half a character"),
+        (json.dumps([KNOWN, KNOWN]), "has the id 'known-7' 2 times"),
+        ("[" * 100_000, "is no JSON"),
     ],
 )
 def test_a_file_that_does_not_fit_gets_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
@@ -101,8 +106,14 @@ def test_a_file_that_does_not_fit_gets_one_sentence(tmp_path: Path, content: str
 
 
 def test_a_missing_file_and_one_that_is_no_text_are_told(tmp_path: Path) -> None:
-    with pytest.raises(FactError, match="cannot be read"):
+    with pytest.raises(FactError, match="There is no file"):
         read_facts(tmp_path / "nowhere.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(FactError, match="cannot be read"):
         read_facts(tmp_path / "bytes.json")
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([KNOWN]).encode())
+    assert len(read_facts(path)) == 1

@@ -107,10 +107,8 @@ def test_a_name_that_is_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_without_a_network_is_refused_with_what_to_check() -> None:
-    _refused(
-        "somebody/some-model", r"neither a bundled model .* nor a folder.*Check the spelling, the network, and a token"
-    )
-    _refused("not a name!", "neither a bundled model")
+    _refused("somebody/some-model", r"no bundled model .* and no folder.*Check the spelling, the network, and a token")
+    _refused("not a name!", "no bundled model")
 
 
 def test_a_file_is_refused(folder: Path) -> None:

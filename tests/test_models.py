@@ -439,6 +439,7 @@ def test_the_protocol_says_what_a_reader_needs_to_repeat_a_run() -> None:
         "model": lm.name,
         "family": "gpt2",
         "weight_hash": lm.weight_hash,
+        "setup_hash": lm.setup_hash,
         "n_layers": 4,
         "n_heads": 4,
         "d_model": 48,

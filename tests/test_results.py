@@ -118,18 +118,18 @@ def _save_and_die(folder: Path, step: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(7))
 def test_a_process_that_is_killed_leaves_a_whole_result_or_none(tmp_path: Path, step: int) -> None:
     folder = tmp_path / "x"
     Result(table=pd.DataFrame({"value": [1]}), run=_manifest()).save(folder)
     process = multiprocessing.get_context("fork").Process(target=_save_and_die, args=(folder, step))
     process.start()
     process.join(60)
-    assert process.exitcode == (0 if step == 5 else 9)
+    assert process.exitcode == (0 if step == 6 else 9)
     if folder.exists():
-        assert Result.load(folder).table["value"].tolist() == [2 if step == 5 else 1]
+        assert Result.load(folder).table["value"].tolist() == [2 if step == 6 else 1]
     else:
-        assert step == 4  # between moving the old one away and the new one in
+        assert step == 5  # between moving the old one away and the new one in
 
 
 @pytest.mark.parametrize("lost", ["run.json", "table.parquet", "facts.parquet"])
@@ -262,3 +262,20 @@ def test_what_does_not_belong_together_is_not_joined() -> None:
         join([_footprint("a"), _footprint("b", weight_hash="0")])
     with pytest.raises(ResultError, match="different what"):
         join([_footprint("a"), _footprint("b", what="Other")])
+
+
+def _save_many(folder: Path) -> None:
+    for number in range(40):
+        Result(table=pd.DataFrame({"value": [number]}), run=_manifest()).save(folder / str(number))
+
+
+def test_processes_that_store_the_same_results_do_not_disturb_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_save_many, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert all(Result.load(tmp_path / str(number)).table["value"].tolist() == [number] for number in range(40))
+    assert not list(tmp_path.glob(".writing-*"))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
+from tests.examples import EIFFEL, fresh_lm, tiny_lm
+from tests.tiny_models import tiny_tokenizer
+from workbench.asked import list_traces
+from workbench.facts import FactError
+from workbench.hooks import patched
+from workbench.locators import locate
+from workbench.locators.causal_trace import CausalTrace
+from workbench.models import LM
 from workbench.results import Footprint, Result, question_key
+from workbench.sites import Site
 from workbench.store import Store, results_folder
 
 
@@ -87,3 +98,33 @@ def test_the_results_folder_is_the_environments_or_the_current_one(
     assert results_folder() == Path("results")
     monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path))
     assert results_folder() == tmp_path
+
+
+def test_a_manifest_of_another_shape_is_passed_over(tmp_path: Path) -> None:
+    for name, text in {"a": "[]", "b": "null", "c": "3", "d": "{", "e": "[" * 100_000}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    assert Store(folder=tmp_path).manifests() == []
+    for run in ({"what": "asked trace"}, {"what": "asked trace", "parameters": {}, "facts": []}):
+        (tmp_path / "a" / "run.json").write_text(json.dumps(run))
+        assert list_traces(Store(folder=tmp_path)) == []
+
+
+def test_the_same_weights_under_another_config_or_tokenizer_are_another_question(tmp_path: Path) -> None:
+    store, trace = Store(folder=tmp_path), CausalTrace(samples=1, noise=0.5, kinds=("resid_post",))
+    lm = fresh_lm("llama")
+    before = locate(trace, lm, [EIFFEL], store=store).key
+    lm.model.config.rope_parameters["rope_theta"] = 10.0
+    after = locate(trace, lm, [EIFFEL], store=store)
+    assert after.run["weight_hash"] == lm.weight_hash
+    assert after.key != before
+    other = LM(lm.model, tiny_tokenizer("byte_level"))
+    assert other.setup_hash != lm.setup_hash
+
+
+def test_nothing_is_stored_of_a_patched_model(tmp_path: Path) -> None:
+    lm, store = tiny_lm("gpt2"), Store(folder=tmp_path)
+    trace = CausalTrace(samples=1, noise=0.5, kinds=("resid_post",))
+    with patched(lm, {Site(layer=0, kind="mlp_out"): torch.zeros_like}), pytest.raises(FactError, match="Use no store"):
+        locate(trace, lm, [EIFFEL], store=store)
+    assert store.manifests() == []

@@ -1,4 +1,4 @@
-"""The command line: `workbench models`, `facts`, `trace`, `average`. Everything it prints comes from here."""
+"""Where does a language model keep a fact? List models and facts, trace one fact or a file of them, average over facts."""
 
 from __future__ import annotations
 
@@ -113,17 +113,19 @@ def trace(
             found = locate(tracer, lm, chosen, store=Store(folder=out))
         for name in found.facts:
             row = found.extras["facts"].set_index("fact").loc[name]
-            typer.echo(
-                f"{name}: {row['prompt']} -> {row['answer']}  clean {row['clean']:.3f}, corrupted {row['corrupted']:.3f}"
-            )
+            said = "" if row["correct"] else f" (the model says {row['said']!r})"
+            typer.echo(f"{name}: {row['prompt']} -> {row['answer']}{said}")
+            typer.echo(f"  clean {row['clean']:.3g}, corrupted {row['corrupted']:.3g}")
             for kind in found.kinds:
                 peak = found.peak(kind=kind, fact=name)
                 typer.echo(
-                    f"  {kind:10} peak {peak['value']:+.3f} at {peak['site']} ({peak['text']!r}, {peak['token']})"
+                    f"  {kind:10} peak {peak['value']:+.3g} at {peak['site']} ({peak['text']!r}, {peak['token']})"
                 )
             for form in formats:
-                figure = paper.heatmap(found, kinds=found.kinds, fact=name)
+                figure = paper.heatmap(found, kinds=found.kinds, fact=name, planted=_planted(model))
                 _write(out / f"{_file_name(name)}.{form}", export.figure_bytes(figure, form))
+        known = int(found.extras["facts"]["correct"].sum())
+        typer.echo(f"\nThe model knows {known} of {len(found.facts)} facts.")
         found.extras["facts"].to_csv(out / "facts.csv", index=False)
         typer.echo(f"\n{export.protocol_text(found)}\nWritten to {out}")
 
@@ -213,7 +215,7 @@ def _prepare(
 
     options: dict[str, Any] = {"noise": noise, "samples": samples, "seed": seed, "score": score, "sever": sever}
     if sever != "none":
-        options["kinds"] = ("resid_post",)
+        options["kinds"] = tuple(kind for kind in CausalTrace.kinds if kind != sever)
     CausalTrace(window=10 if window is None else window, **options)  # bad options are told before the model is loaded
     lm = load(model, device=device, dtype=dtype)
     tracer = CausalTrace(window=default_window(lm.n_layers) if window is None else window, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers.utils import logging
 from workbench import zoo
 from workbench.layouts import ModelError, layout_for
 from workbench.models import LM
+
+_log = getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -191,7 +194,9 @@ def _why_not(name: str, where: str, error: Exception) -> str:
                 f"{name!r} holds no config.json, expected a folder written by save_pretrained. Choose another folder."
             )
         return f"{name!r} cannot be loaded: {reason} Its files are damaged or of another version; save or download them again."
+    _log.info("The hub did not give %s: %s", name, reason)
     return (
-        f"{name!r} is neither a bundled model ({', '.join(zoo.NAMES)}) nor a folder, and the hub did not give it: {reason} "
+        f"{name!r} is no bundled model ({', '.join(zoo.NAMES)}) and no folder, and the hub did not give it "
+        f"({type(error).__name__}). "
         "Check the spelling, the network, and a token for a gated model."
     )

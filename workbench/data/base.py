@@ -40,6 +40,8 @@ def read_facts(path: Path | str) -> list[Fact]:
             message names the record.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FactError(f"There is no file {str(path)!r}. Give a JSON file of facts.")
     records = _records(path)
     readers = [reader() for reader in discover("workbench.data", Reader).values()]  # type: ignore[type-abstract]
     keys = set(records[0])
@@ -83,7 +85,7 @@ def _records(path: Path) -> list[Record]:
             if path.suffix == ".jsonl"
             else json.loads(text)
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FactError(
             f"{path.name} is no JSON: {error}. Give a JSON list of records, or .jsonl with one a line."
         ) from error

@@ -113,18 +113,15 @@ class CausalTrace(Locator):
         if not noise.relative or self.sigma_from == "prompt":
             return self
         different = len({fact.subject for fact in facts})
-        noun = (
-            "subject"
-            if len(facts) == 1
-            else "facts' subjects"
-            if different == len(facts)
-            else f"facts, {different} subjects"
+        of_these = (
+            f"{len(facts)} facts' subjects" if different == len(facts) else f"{len(facts)} facts' {different} subjects"
         )
         sigma_t = subject_sigma(lm, [fact.subject for fact in facts])
         return replace(
             self,
             noise=str(noise.absolute(sigma_t)),
-            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {len(facts)} {noun}",
+            sigma_note=self.sigma_note
+            or f"{self.noise}: sigma_t = {sigma_t:.4g} of {of_these if len(facts) > 1 else '1 subject'}",
         )
 
     def parts(self) -> tuple[CausalTrace, ...]:
@@ -165,6 +162,7 @@ class CausalTrace(Locator):
                     "corrupted_se": _standard_error(low[None])[0],
                     "total_effect": self._sign * (clean_score - low.mean()),
                     "sigma": np.nan if sigma is None else sigma,
+                    "corrupted_prompt": "" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
                 }
             ]
         )
