@@ -112,16 +112,12 @@ class CausalTrace(Locator):
         noise = Noise.parse(self.noise)
         if not noise.relative or self.sigma_from == "prompt":
             return self
-        different = len({fact.subject for fact in facts})
-        of_these = (
-            f"{len(facts)} facts' subjects" if different == len(facts) else f"{len(facts)} facts' {different} subjects"
-        )
         sigma_t = subject_sigma(lm, [fact.subject for fact in facts])
+        source = "1 fact's subject" if len(facts) == 1 else f"{len(facts)} facts' subjects"
         return replace(
             self,
             noise=str(noise.absolute(sigma_t)),
-            sigma_note=self.sigma_note
-            or f"{self.noise}: sigma_t = {sigma_t:.4g} of {of_these if len(facts) > 1 else '1 subject'}",
+            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {source}",
         )
 
     def parts(self) -> tuple[CausalTrace, ...]:
@@ -130,8 +126,7 @@ class CausalTrace(Locator):
 
     def locate_one(self, lm: LM, fact: Fact) -> Footprint:
         """The maps of one fact."""
-        tokens = lm.encode([fact])
-        clean = run(lm, tokens)
+        clean = run(lm, lm.encode([fact]))
         problem, answer, sigma = self._problem(lm, fact, find_answer(lm, fact, clean), clean)
         cells = self._cells(lm, problem.clean)
         clean_score = float(problem.score(problem.answer_logits(run(lm, problem.clean).logits))[0])
@@ -145,30 +140,29 @@ class CausalTrace(Locator):
                 "Use less noise, or float32."
             )
         table, samples = self._tables(fact, problem.clean, cells, scores, low)
-        top = int(clean.last_logits[0].argmax())
-        facts = pd.DataFrame(
-            [
-                {
-                    "fact": fact.id,
-                    "prompt": fact.text,
-                    "subject": fact.subject,
-                    "answer": answer.text,
-                    "answer_ids": " ".join(map(str, answer.ids)),
-                    "foil": answer.foil_text,
-                    "said": lm.word(top).strip(),
-                    "correct": top == answer.ids[0],
-                    "clean": clean_score,
-                    "corrupted": low.mean(),
-                    "corrupted_se": _standard_error(low[None])[0],
-                    "total_effect": self._sign * (clean_score - low.mean()),
-                    "sigma": np.nan if sigma is None else sigma,
-                    "corrupted_prompt": "" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
-                }
-            ]
-        )
+        said = int(clean.last_logits[0].argmax())
+        row = {
+            "fact": fact.id,
+            "prompt": fact.text,
+            "subject": fact.subject,
+            "answer": answer.text,
+            "answer_ids": " ".join(map(str, answer.ids)),
+            "foil": answer.foil_text,
+            "said": lm.word(said).strip(),
+            "correct": said == answer.ids[0],
+            "clean": clean_score,
+            "corrupted": low.mean(),
+            "corrupted_se": _standard_error(low[None])[0],
+            "total_effect": self._sign * (clean_score - low.mean()),
+            "sigma": np.nan if sigma is None else sigma,
+            "corrupted_prompt": "" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
+        }
         unit, engine = f"indirect effect in {self.score}", f"loop: {why_not}" if why_not else "sweep"
-        run_manifest = self._manifest(lm, fact, sigma=sigma, unit=unit, engine=engine)
-        return Footprint(table=table, run=run_manifest, extras={"facts": facts, "samples": samples})
+        return Footprint(
+            table=table,
+            run=self._manifest(lm, fact, sigma=sigma, unit=unit, engine=engine),
+            extras={"facts": pd.DataFrame([row]), "samples": samples},
+        )
 
     @property
     def _sign(self) -> int:
