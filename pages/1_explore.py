@@ -13,6 +13,7 @@ from pages import _parts as parts
 from workbench import drawing, export, paper, plots
 from workbench.asked import AskedTrace, StoredTrace
 from workbench.errors import InputError
+from workbench.forms import FormField
 from workbench.jobs import Job
 from workbench.results import Footprint
 from workbench.sites import Site
@@ -63,11 +64,15 @@ def show_inputs() -> AskedTrace | None:
     return AskedTrace(model=choice.name, dtype=choice.dtype, fact=fact, options=options)
 
 
+def option_fields() -> tuple[FormField, ...]:
+    """The form of the method's hyperparameters."""
+    return parts.method_fields("workbench.locators.causal_trace", "CausalTrace", OPTIONS, tuple(PLACEHOLDERS))
+
+
 def show_options() -> dict[str, Any]:
     """The method's hyperparameters; those that were changed come back."""
-    fields = parts.method_fields("workbench.locators.causal_trace", "CausalTrace", OPTIONS)
     with st.grid(min_column_width=200, width=520):
-        options = parts.fill_form(fields, PLACEHOLDERS)
+        options = parts.fill_form(option_fields(), PLACEHOLDERS)
         parts.choose_precision()
     return options
 
@@ -84,8 +89,8 @@ def show_earlier() -> None:
                 key=f"open-{entry.key}",
                 help=parts.plain(f"{entry.asked.fact.text} (asked {parts.when(entry.made)})"),
                 type="tertiary",
-                on_click=parts.reopen,
-                args=(entry.asked, OPTIONS),
+                on_click=parts.go_to,
+                args=(entry.asked,),
             )
 
 
@@ -384,12 +389,13 @@ def show_page() -> None:
         "Causal tracing: the subject is corrupted until the model forgets the answer, then one clean state at a time is restored. "
         "Cells that bring the answer back are where the fact passes."
     )
+    parts.arrive(option_fields())
     asked = show_inputs()
     notices = st.container()
     left, right = st.columns([3, 2], gap="large")  # always here, so that the strip of jobs keeps its place
     if asked is None:
         with left:
-            parts.show_jobs("", (), OPTIONS)
+            parts.show_jobs("", ())
         return
     stored, model = asked.find(parts.store()), parts.workshop().model(parts.choice_of(asked))
     footprint = stored.footprint if stored is not None else None
@@ -401,7 +407,7 @@ def show_page() -> None:
     with left:
         show_headline(asked, footprint, seen)
         show_action(asked, stored, ready=seen is not None, stale=stale)
-        parts.show_jobs(asked.key, (model,), OPTIONS)
+        parts.show_jobs(asked.key, (model,))
     with right:
         show_predictions(seen, model)
     if footprint is not None:

@@ -7,9 +7,13 @@ import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import streamlit as st
+from streamlit import config
+from streamlit.errors import StreamlitAPIException
 
 from workbench import zoo
 from workbench.asked import AskedTrace, Listed, find_trace, list_traces
@@ -30,6 +34,11 @@ SENTENCE = "The Space Needle is located in the city of"
 
 QUIET: dict[str, Any] = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
 """Plotly's configuration: no tool bar, no zooming by accident."""
+
+PRECISIONS = ("float32", "bfloat16", "float16", "float64")
+
+config.set_option("global.disableWidgetStateDuplicationWarning", True)
+"""An opened trace is put into widgets that have defaults; a widget needs its default to keep it out of the URL."""
 
 _importing, _drawn = threading.Lock(), threading.Event()
 
@@ -118,14 +127,15 @@ def choose_model() -> ModelChoice:
         accept_new_options=True,
         help="A bundled model, or type the name of a model on the hub or the path of a folder written by save_pretrained.",
     )
-    return ModelChoice(name=str(name or zoo.NAMES[0]), dtype=st.session_state.get("dtype", "float32"))
+    dtype = st.session_state.get("dtype") or st.query_params.get("dtype")  # its widget is drawn later
+    return ModelChoice(name=str(name or zoo.NAMES[0]), dtype=dtype if dtype in PRECISIONS else PRECISIONS[0])
 
 
 def choose_precision() -> None:
     """The dtype of the weights; `choose_model` reads it."""
     st.selectbox(
         "Precision of the weights",
-        ["float32", "bfloat16", "float16", "float64"],
+        PRECISIONS,
         key="dtype",
         bind="query-params",
         help="float32 gives exact traces. bfloat16 halves the memory; its effects below about 0.01 are rounding.",
@@ -161,7 +171,9 @@ def choose_fact(model: str) -> Fact:
             bind="query-params",
             placeholder="Search by subject or relation",
         )
+        _tidy("prompt", "subject", "answer", "occurrence")
         return known[label or first]
+    _tidy("fact") if known else _tidy("fact", "how")
     text = st.text_input(
         "Sentence up to the answer", value=SENTENCE, key="prompt", bind="query-params", placeholder=SENTENCE
     )
@@ -203,67 +215,93 @@ def fill_form(fields: Sequence[FormField], placeholders: Mapping[str, str]) -> d
 
     Args:
         fields: the form.
-        placeholders: fields that may stay empty, with what is shown there meanwhile; an empty one counts as default.
+        placeholders: what is shown in fields while they are empty.
     """
     values = {field.name: _ask(field, placeholders.get(field.name)) for field in fields}
-    return {
-        field.name: values[field.name]
-        for field in fields
-        if values[field.name] != field.default and not (field.name in placeholders and values[field.name] in (None, ""))
-    }
+    return {field.name: values[field.name] for field in fields if values[field.name] != field.default}
 
 
 def _ask(field: FormField, placeholder: str | None) -> Any:
     """One widget. Its key is the field's name, and so is the name in the URL."""
     shared: dict[str, Any] = dict(key=field.name, bind="query-params", help=field.help)
+    value = _as_typed(field, field.default)
     if field.type == "choice":
         options = [None, *field.choices] if field.optional else list(field.choices)
-        return st.selectbox(field.label, options, index=options.index(field.default), **shared)
+        return st.selectbox(field.label, options, index=options.index(value), **shared)
     if field.type == "choices":
-        return tuple(st.multiselect(field.label, field.choices, default=field.default, **shared))
+        return tuple(st.multiselect(field.label, field.choices, default=value, **shared))
     if field.type == "switch":
-        return st.toggle(field.label, value=field.default, **shared)
+        return st.toggle(field.label, value=value, **shared)
     if field.type in ("integer", "number"):
-        value = None if placeholder else field.default
         lowest = 0 if field.name == "seed" else 1
         return st.number_input(field.label, min_value=lowest, value=value, step=1, placeholder=placeholder, **shared)
     if field.type == "texts":
-        text = st.text_input(
-            field.label, value=", ".join(field.default), placeholder=placeholder or "one, another", **shared
-        )
+        text = st.text_input(field.label, value=value, placeholder=placeholder or "one, another", **shared)
         return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-    return (st.text_input(field.label, value=str(field.default), **shared) or "").strip() or field.default
+    return (st.text_input(field.label, value=value, **shared) or "").strip() or field.default
+
+
+def _as_typed(field: FormField, value: Any) -> Any:
+    """A field's value as its widget holds it."""
+    if field.type == "texts":
+        return ", ".join(value or ())
+    return str(value) if field.type == "text" else value
 
 
 @st.cache_resource(show_spinner=False)
-def method_fields(module: str, name: str, only: tuple[str, ...]) -> tuple[FormField, ...]:
-    """The fields of a method that a page asks for, in the page's order."""
+def method_fields(module: str, name: str, only: tuple[str, ...], empty: tuple[str, ...] = ()) -> tuple[FormField, ...]:
+    """The fields of a method that a page asks for, in the page's order; those in `empty` have no default of their own."""
     fields = {field.name: field for field in form_of(module, name)}
-    return tuple(fields[one] for one in only)
+    return tuple(replace(fields[one], default=None) if one in empty else fields[one] for one in only)
 
 
-def reopen(asked: AskedTrace, names: Sequence[str]) -> None:
-    """Puts a question into the widgets, and so into the URL; for callbacks.
+def go_to(asked: AskedTrace) -> None:
+    """Has the page show a question, at its next run; for callbacks, of fragments too."""
+    st.session_state["going_to"] = asked
+
+
+def arrive(fields: Sequence[FormField]) -> None:
+    """Puts the question of `go_to`, if any, into the widgets and into the URL. To be called before any widget is drawn.
 
     Args:
-        asked: the question.
-        names: the option fields the page has widgets for; those not in the question get their defaults.
+        fields: the options the page has widgets for; those not in the question get their defaults.
     """
-    state, fact = st.session_state, asked.fact
-    label = _fact_label(fact)
-    for name in ("fact", "prompt", "subject", "answer", "occurrence", "site", *names):
-        state.pop(name, None)
-    state["model"], state["dtype"] = asked.model, asked.dtype
-    if known_facts(asked.model).get(label) == fact:
-        state["how"], state["fact"] = KNOWN, label
+    asked = st.session_state.pop("going_to", None)
+    if asked is None:
+        return
+    fact, label = asked.fact, _fact_label(asked.fact)
+    known = known_facts(asked.model)
+    is_known = known.get(label) == fact
+    values: dict[str, Any] = {"model": asked.model, "dtype": asked.dtype}
+    if known:
+        values["how"] = KNOWN if is_known else OWN
+    if is_known:
+        values["fact"] = label
     else:
-        if asked.model in zoo.NAMES:
-            state["how"] = OWN
-        state["prompt"], state["subject"], state["answer"] = fact.text, fact.subject, fact.target_true
+        values |= {"prompt": fact.text, "subject": fact.subject, "answer": fact.target_true}
         if Fact.typed(text=fact.text, subject=fact.subject).prompt != fact.prompt:
-            state["occurrence"] = "first"
-    for name, value in asked.options.items():
-        state[name] = ", ".join(value) if isinstance(value, list | tuple) else value
+            values["occurrence"] = "first"
+    for field in fields:
+        values[field.name] = _as_typed(field, asked.options.get(field.name, field.default))
+    for name in ("how", "fact", "prompt", "subject", "answer", "occurrence", "site"):
+        if name not in values:
+            st.session_state.pop(name, None)
+            _tidy(name)
+    for name, value in values.items():
+        st.session_state[name] = value
+        if value in (None, ""):
+            _tidy(name)
+        else:
+            with suppress(StreamlitAPIException):  # Streamlit itself writes what a widget on the page is bound to
+                st.query_params[name] = str(value)
+
+
+def _tidy(*names: str) -> None:
+    """Takes names out of the URL that no widget stands for."""
+    for name in names:
+        if name in st.query_params:
+            with suppress(StreamlitAPIException):  # its widget was there until now; Streamlit removes it
+                del st.query_params[name]
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -330,19 +368,18 @@ def show_error(error: Exception | str) -> None:
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def show_jobs(current: str, watched: Sequence[Job[Any]], names: Sequence[str]) -> None:
+def show_jobs(current: str, watched: Sequence[Job[Any]]) -> None:
     """Everything that runs, with progress and a stop button; polls while something does, and redraws the page when one ends.
 
     Args:
         current: key of the question on the page; the others get a button that goes there.
         watched: further jobs that the page waits for, e.g. the loading of its model.
-        names: the option fields the page has widgets for, see `reopen`.
     """
     jobs = [*watched, *workshop().jobs()]
     drawn = moment(jobs)
     active = {str(job.key) for job in jobs if not job.status.over}
     st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - {current}
-    st.fragment(_strip, run_every=0.5 if active else None)(current, watched, names, drawn)
+    st.fragment(_strip, run_every=0.5 if active else None)(current, watched, drawn)
 
 
 def is_running(asked: AskedTrace) -> bool:
@@ -351,11 +388,11 @@ def is_running(asked: AskedTrace) -> bool:
     return job is not None and not job.status.over
 
 
-def _strip(current: str, watched: Sequence[Job[Any]], names: Sequence[str], drawn: tuple[Any, ...]) -> None:
+def _strip(current: str, watched: Sequence[Job[Any]], drawn: tuple[Any, ...]) -> None:
     """The body of `show_jobs`."""
     jobs = [*watched, *workshop().jobs()]
     now = [(job, job.status) for job in jobs]  # once: a job may end while this is drawn
-    if moment(jobs) != drawn or st.session_state.pop("go_there", False):
+    if moment(jobs) != drawn or "going_to" in st.session_state:
         st.rerun()
     for job, status in now:
         if not status.over and job in watched:
@@ -364,11 +401,11 @@ def _strip(current: str, watched: Sequence[Job[Any]], names: Sequence[str], draw
             with st.container(horizontal=True, vertical_alignment="center"):
                 _show_running(job, status)
                 if job.key != current:
-                    _show_button(job, names)
+                    _show_button(job)
         elif status.state == "done" and job.key != current and job.key in st.session_state["unseen"]:
             with st.container(horizontal=True, vertical_alignment="center"):
                 st.markdown(f":material/check: {job.title} is finished.")
-                _show_button(job, names)
+                _show_button(job)
 
 
 def _show_running(job: Job[Any], status: Status) -> None:
@@ -383,13 +420,8 @@ def _show_running(job: Job[Any], status: Status) -> None:
     st.button("Stop", key=f"stop-{job.key}", on_click=job.stop, disabled=job.stopping, icon=":material/stop:")
 
 
-def _show_button(job: Job[Any], names: Sequence[str]) -> None:
+def _show_button(job: Job[Any]) -> None:
     """A button that goes to a job's question, where that is stored already."""
     stored = find_trace(store(), str(job.key))
     if stored is not None:
-        st.button("Show", key=f"show-{job.key}", on_click=_go_there, args=(stored.asked, names))
-
-
-def _go_there(asked: AskedTrace, names: Sequence[str]) -> None:
-    reopen(asked, names)
-    st.session_state["go_there"] = True
+        st.button("Show", key=f"show-{job.key}", on_click=go_to, args=(stored.asked,))

@@ -24,6 +24,10 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests.examples import fresh_lm
+from workbench import zoo
+from workbench.asked import AskedTrace
+from workbench.facts import Fact
+from workbench.store import Store
 
 pytestmark = pytest.mark.browser
 
@@ -87,7 +91,8 @@ class Server:
     def complaints(self) -> list[str]:
         """Lines of the log that a user should never see."""
         wrong = re.compile(
-            r"/(pages|analyses|workbench)/|streamlit_app\.py|warning|deprecat|please replace|error", re.IGNORECASE
+            r"/(pages|analyses|workbench)/\S*\.py|streamlit_app\.py|warning|deprecat|please replace|error",
+            re.IGNORECASE,
         )
         return [line for line in self.log.read_text().splitlines() if wrong.search(line)]
 
@@ -253,3 +258,32 @@ def test_a_killed_server_leaves_whole_maps_and_goes_on(
     expect(maps(tab)).to_have_count(3)
     after = server.pieces()
     assert {key: after[key] for key in kept} == kept, "finished maps are not computed again"
+
+
+def test_the_url_of_an_earlier_trace_is_that_trace(open_tab: Callable[..., Page], server: Server) -> None:
+    kept, lm = Store(folder=server.results), fresh_lm("gpt2")
+    fact = next(fact for fact in zoo.load_facts("organism-plain") if fact.id == "landmark_city/Eiffel Tower")
+    twice = Fact.typed(text="The Big Ben is nearer than Big Ben", subject="Big Ben", occurrence="first")
+    known = AskedTrace(model="organism-plain", fact=fact, options={"samples": 2, "substitutes": ("London",)})
+    plain = AskedTrace(model="organism-mid", fact=fact, options={"samples": 3})
+    own = AskedTrace(model="organism-mid", fact=twice, options={"samples": 2, "noise": "u0.5", "replace": True})
+    bare = AskedTrace(model="organism-mid", fact=Fact.typed(text="The Big Ben is in", subject="Big Ben"))
+    for asked in (known, plain, own, bare):
+        asked.compute(lm, kept)
+    made = server.pieces()
+
+    tab = open_tab(
+        how="My own sentence", prompt="The Louvre is in the city of", subject="Louvre", fact="Paris, capital", seed=3
+    )
+    for asked in (known, own, plain, bare):
+        tab.get_by_role("button", name="Earlier traces").click()
+        tab.locator(f".st-key-open-{asked.key} button").first.click()
+        expect(tab.locator(f"[class*='st-key-map-{asked.key}'] .js-plotly-plot")).to_have_count(3)
+        tab.keyboard.press("Escape")
+        again = open_tab(tab.url)
+        expect(again.locator(f"[class*='st-key-map-{asked.key}'] .js-plotly-plot")).to_have_count(3)
+        heading = again.locator("h3").inner_text()
+        assert heading == tab.locator("h3").inner_text()
+        assert heading.startswith(asked.fact.text)
+        again.close()
+    assert server.pieces() == made
