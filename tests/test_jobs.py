@@ -212,6 +212,7 @@ def test_idle_models_make_room_and_busy_ones_stay() -> None:
 
     shop, gate = Workshop(load, keep=2), Gate()
     busy = shop.submit(A, gate, key="k", title="t")
+    shop.model(A).wait(SOON)
     for name in ("b", "c", "b", "c"):
         shop.model(ModelChoice(name=name)).wait(SOON)
     assert loads == ["a", "b", "c", "b", "c"]
