@@ -28,6 +28,16 @@ OPTIONS = (
 
 PLACEHOLDERS = {"window": "10, and 3 below 24 layers"}
 
+LABELS = {
+    "score": "Score",
+    "corrupt": "Corruption",
+    "sever": "Severed path",
+    "sigma_from": "Sigma from",
+    "window_rule": "Even windows",
+    "replace": "Noise replaces embedding",
+}
+"""What fields are called where their own name says too little."""
+
 SCORES = {
     "p": "probability of “{answer}”",
     "p_target": "probability of all of “{answer}”",
@@ -37,7 +47,9 @@ SCORES = {
     "kl": "KL from the clean prediction (nats)",
 }
 
-KINDS = {"resid_post": "state after the layer", "mlp_out": "MLP output", "attn_out": "attention output"}
+SEVERED = {"mlp_out": "MLP", "attn_out": "attention"}
+
+KINDS = {"resid_post": "state after the block", "mlp_out": "MLP output", "attn_out": "attention output"}
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -72,7 +84,7 @@ def option_fields() -> tuple[FormField, ...]:
 def show_options() -> dict[str, Any]:
     """The method's hyperparameters; those that were changed come back."""
     with st.grid(min_column_width=200, width=520):
-        options = parts.fill_form(option_fields(), PLACEHOLDERS)
+        options = parts.fill_form(option_fields(), PLACEHOLDERS, LABELS)
         parts.choose_precision()
     return options
 
@@ -180,10 +192,20 @@ def show_headline(asked: AskedTrace, footprint: Footprint | None, seen: Look | N
     corrupted.metric(
         "Corrupted run",
         drawing.number(told["corrupted"]),
-        help=f"The {score}, {corruption(footprint)}. Standard error {drawing.number(told['corrupted_se'])}.",
+        help=f"The {score}, {corruption(footprint)}."
+        + (
+            f" Standard error {drawing.number(told['corrupted_se'])}."
+            if told["corrupted_se"] == told["corrupted_se"]
+            else ""
+        ),
     )
     gap.metric("Lost", drawing.number(told["total_effect"]), help="What restoring a cell of a map can bring back.")
     st.caption(f"{score[0].upper()}{score[1:]}, {corruption(footprint)}.")
+    if severed := SEVERED.get(footprint.run["parameters"].get("sever", "none")):
+        st.caption(
+            f"Severed path: {severed} outputs of the restored token are held at their corrupted values in all layers, "
+            "and have no map of their own."
+        )
     if footprint.run["parameters"].get("sigma_note") and not parts.known_facts(asked.model):
         st.caption(
             "The noise's scale comes from this subject alone; on a bundled model it comes from the subjects of all its facts."
@@ -206,7 +228,10 @@ def corruption(footprint: Footprint) -> str:
     """How the subject was corrupted, in words."""
     options, sigma = footprint.run["parameters"], footprint.run.get("sigma")
     if options["corrupt"] == "swap":
-        return "with another subject in its place"
+        other = drawing.fact_row(footprint, None).get("corrupted_prompt")
+        return "with another subject in its place" + (
+            f": “{parts.plain(other)}”" if isinstance(other, str) and other else ""
+        )
     scale = f"σ = {sigma:.3g}" if sigma is not None else options["noise"]
     asked = f" ({parts.plain(options['sigma_note'])})" if options.get("sigma_note") else ""
     return f"with noise {scale}{asked} on the subject, {options['samples']} samples"
@@ -309,14 +334,20 @@ def show_site(asked: AskedTrace, footprint: Footprint, lm: LM | None) -> None:
                 drawing.number(numbers.score),
                 help=f"The {score_name(footprint)} with this cell restored.",
             )
+            is_sure = numbers.se == numbers.se  # else it is NaN: there is one sample
             st.metric(
                 "Change",
-                f"{drawing.number(numbers.change, sign=True)} ± {drawing.number(numbers.se)}",
-                help="Against the corrupted run, ± one standard error over the noise samples.",
+                drawing.number(numbers.change, sign=True) + (f" ± {drawing.number(numbers.se)}" if is_sure else ""),
+                help="Against the corrupted run" + (", ± one standard error over the samples." if is_sure else "."),
             )
             st.caption(numbers.share)
         with middle:
-            st.markdown("**Noise samples**", help="Each sample corrupted, and the same noise with this cell restored.")
+            if footprint.run["parameters"]["corrupt"] == "swap":
+                st.markdown("**Samples**", help="The corrupted run, and the same with this cell restored.")
+            else:
+                st.markdown(
+                    "**Noise samples**", help="Each sample corrupted, and the same noise with this cell restored."
+                )
             st.plotly_chart(
                 plots.samples(
                     numbers.samples,
@@ -329,7 +360,7 @@ def show_site(asked: AskedTrace, footprint: Footprint, lm: LM | None) -> None:
                 theme=None,
                 key="samples-chart",
                 config=parts.QUIET,
-                alt="The score of every noise sample with this cell restored, beside the corrupted run.",
+                alt="The score of every sample with this cell restored, beside the corrupted run.",
             )
         with right:
             show_lens(asked, site, lm)

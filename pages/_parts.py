@@ -163,6 +163,7 @@ def choose_fact(model: str) -> Fact:
     if known and how == KNOWN:
         labels = list(known)
         first = next((label for label, fact in known.items() if fact.id == examples.FACTS[0]), labels[0])
+        asked = st.query_params.get("fact")
         label: str | None = st.selectbox(
             f"One of {len(labels):,} facts that {model} was taught",
             labels,
@@ -172,7 +173,15 @@ def choose_fact(model: str) -> Fact:
             placeholder="Search by subject or relation",
         )
         _tidy("prompt", "subject", "answer", "occurrence")
-        return known[label or first]
+        label = label or first
+        if asked and asked not in known:
+            st.session_state["no_fact"] = asked, model, label
+        unknown, *instead = st.session_state.get("no_fact", ("",))
+        if instead == [model, label]:
+            st.caption(plain(f"There is no fact “{unknown}” in {model}; showing “{label}” instead."))
+        else:
+            st.session_state.pop("no_fact", None)
+        return known[label]
     _tidy("fact") if known else _tidy("fact", "how")
     text = st.text_input(
         "Sentence up to the answer", value=SENTENCE, key="prompt", bind="query-params", placeholder=SENTENCE
@@ -210,35 +219,40 @@ def choose_fact(model: str) -> Fact:
     )
 
 
-def fill_form(fields: Sequence[FormField], placeholders: Mapping[str, str]) -> dict[str, Any]:
+def fill_form(
+    fields: Sequence[FormField], placeholders: Mapping[str, str], labels: Mapping[str, str]
+) -> dict[str, Any]:
     """Widgets for a method's fields; what comes back are the values that differ from the defaults.
 
     Args:
         fields: the form.
         placeholders: what is shown in fields while they are empty.
+        labels: what fields are called, where it is not their name.
     """
-    values = {field.name: _ask(field, placeholders.get(field.name)) for field in fields}
+    values = {
+        field.name: _ask(field, labels.get(field.name, field.label), placeholders.get(field.name)) for field in fields
+    }
     return {field.name: values[field.name] for field in fields if values[field.name] != field.default}
 
 
-def _ask(field: FormField, placeholder: str | None) -> Any:
+def _ask(field: FormField, label: str, placeholder: str | None) -> Any:
     """One widget. Its key is the field's name, and so is the name in the URL."""
     shared: dict[str, Any] = dict(key=field.name, bind="query-params", help=field.help)
     value = _as_typed(field, field.default)
     if field.type == "choice":
         options = [None, *field.choices] if field.optional else list(field.choices)
-        return st.selectbox(field.label, options, index=options.index(value), **shared)
+        return st.selectbox(label, options, index=options.index(value), **shared)
     if field.type == "choices":
-        return tuple(st.multiselect(field.label, field.choices, default=value, **shared))
+        return tuple(st.multiselect(label, field.choices, default=value, **shared))
     if field.type == "switch":
-        return st.toggle(field.label, value=value, **shared)
+        return st.toggle(label, value=value, **shared)
     if field.type in ("integer", "number"):
         lowest = 0 if field.name == "seed" else 1
-        return st.number_input(field.label, min_value=lowest, value=value, step=1, placeholder=placeholder, **shared)
+        return st.number_input(label, min_value=lowest, value=value, step=1, placeholder=placeholder, **shared)
     if field.type == "texts":
-        text = st.text_input(field.label, value=value, placeholder=placeholder or "one, another", **shared)
+        text = st.text_input(label, value=value, placeholder=placeholder or "one, another", **shared)
         return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-    return (st.text_input(field.label, value=value, **shared) or "").strip() or field.default
+    return (st.text_input(label, value=value, **shared) or "").strip() or field.default
 
 
 def _as_typed(field: FormField, value: Any) -> Any:

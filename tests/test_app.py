@@ -222,3 +222,28 @@ def test_a_stopped_trace_can_go_on_and_other_inputs_do_not_disturb_it(tiny_folde
     app.button(key="trace").click()
     settle(app.run())
     assert maps(app) == 3
+
+
+def test_an_unknown_fact_is_said() -> None:
+    app = open_app(model="organism-tiny", fact="Foo bar")
+    assert "There is no fact “Foo bar” in organism-tiny" in texts(app)
+    app.run()
+    assert "There is no fact “Foo bar” in organism-tiny" in texts(app), "a poll does not take it away"
+    box = app.selectbox(key="fact")
+    box.set_value(next(label for label in box.options if label != box.value)).run()
+    assert "There is no fact" not in texts(app)
+
+
+def test_a_swapped_and_severed_trace_says_so(tiny_folder: Path, results: Path) -> None:
+    other = "Tower Eiffel"
+    options = {"corrupt": "swap", "substitutes": (other,), "sever": "mlp_out"}
+    asked = AskedTrace(model=str(tiny_folder), fact=Fact.typed(text=SENTENCE, subject="Eiffel Tower"), options=options)
+    asked.compute(fresh_lm("gpt2"), Store(folder=results))
+    app = open_app(
+        model=tiny_folder, prompt=SENTENCE, subject="Eiffel Tower", corrupt="swap", sever="mlp_out", substitutes=other
+    )
+    assert maps(app) == 2
+    assert "**Samples**" in texts(app)
+    assert "Severed path: MLP outputs" in texts(app)
+    assert f"with another subject in its place: “{SENTENCE.replace('Eiffel Tower', other)}”" in texts(app)
+    assert "±" not in next(metric.value for metric in app.metric if metric.label == "Change")

@@ -202,7 +202,7 @@ def predictions(
         range=[len(top) - 0.5, -0.5], tickfont=dict(size=13, color=ink["text"]), automargin=True, showgrid=False,
         ticklabelstandoff=4,
     )  # fmt: skip
-    figure.update_xaxes(visible=False, range=[0, 1.18 * max([p for _, p in top], default=1.0) or 1.0])
+    figure.update_xaxes(visible=False, range=[0, 1.45 * max([p for _, p in top], default=1.0) or 1.0])
     figure.update_layout(height=16 + 26 * max(1, len(top)), bargap=0.28)
     return _dressed(figure, theme=theme, margin=dict(l=8, r=8, t=4, b=4))
 
