@@ -376,7 +376,11 @@ def show_lens(asked: AskedTrace, site: Site, lm: LM | None) -> None:
     if lm is None:
         st.skeleton(height=224)
         return
-    lens = lens_cached(lm, asked, lm.weight_hash, asked.key, str(site))
+    try:
+        lens = lens_cached(lm, asked, lm.weight_hash, asked.key, str(site))
+    except InputError:  # the maps are of other weights of the same name
+        st.caption("The loaded model has no such site.")
+        return
     st.plotly_chart(
         plots.lens(lens.top, kind=site.kind, theme=parts.theme(), answer=lens.answer),
         theme=None,
