@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,7 +12,6 @@ from typer.testing import CliRunner, Result
 
 from workbench import zoo
 from workbench.cli import app
-from workbench.facts import Fact
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
 from workbench.progress import Cancelled
@@ -103,21 +103,21 @@ def test_a_file_of_facts_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatc
     file, out = facts_file(tmp_path, 3), tmp_path / "out"
     command: list[str | Path] = ["trace", *QUICK, "--facts", file, "--out", out, "--figures", ""]
     asked: list[str] = []
-    real, most = CausalTrace.locate_one, 4
+    real, most = CausalTrace.locate_together, 2
 
-    def counted(self: CausalTrace, lm: LM, fact: Fact) -> Footprint:
+    def counted(self: CausalTrace, lm: LM, pieces: Any, **options: Any) -> list[Footprint]:
         if len(asked) == most:
             raise Cancelled
-        asked.append(f"{fact.id} {self.kinds[0]}")
-        return real(self, lm, fact)
+        asked.append(pieces[0][0].id)
+        return real(self, lm, pieces, **options)
 
-    monkeypatch.setattr(CausalTrace, "locate_one", counted)
+    monkeypatch.setattr(CausalTrace, "locate_together", counted)
     assert isinstance(call(*command).exception, Cancelled)
-    assert len(list(out.glob("*/run.json"))) == 4
+    assert len(list(out.glob("*/run.json"))) == 2 * 3
     most = 9
     asked.clear()
     assert call(*command).exit_code == 0
-    assert len(asked) == 9 - 4
+    assert asked == ["known-2"]
     assert list(pd.read_csv(out / "facts.csv")["fact"]) == ["known-0", "known-1", "known-2"]
 
 

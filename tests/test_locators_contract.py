@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+import inspect
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,10 @@ def test_a_locator_is_frozen_and_counts_by_value(name: str) -> None:
 
 def test_every_parameter_says_what_it_is(name: str) -> None:
     """The app's form is made from the fields and what is written below them."""
-    source = Path(str(__import__(LOCATORS[name].__module__, fromlist=["x"]).__file__)).read_text()
+    sources = [inspect.getsource(cls) for cls in LOCATORS[name].__mro__ if is_dataclass(cls)]
     for parameter in fields(LOCATORS[name]):
-        after = source.split(f"    {parameter.name}: ", 1)[1].split("\n", 1)[1]
+        field = f"\n    {parameter.name}: "
+        after = next(source.split(field, 1)[1] for source in sources if field in source).split("\n", 1)[1]
         assert after.lstrip().startswith('"""'), f"{name}.{parameter.name} has no docstring"
 
 
@@ -200,23 +202,24 @@ def test_a_stopped_run_goes_on_where_it_was(
     name: str, gpt2: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[str] = []
-    original = LOCATORS[name].locate_one
+    original = LOCATORS[name].locate_together
 
-    def counted(self: Locator, lm: LM, fact: Any) -> Footprint:
-        computed.append(f"{fact.id} {getattr(self, 'kinds', '')}")
-        return original(self, lm, fact)
+    def counted(self: Locator, lm: LM, pieces: Any, **options: Any) -> list[Footprint]:
+        computed.extend(f"{fact.id} {part}" for fact, part in pieces)
+        return original(self, lm, pieces, **options)
 
-    monkeypatch.setattr(LOCATORS[name], "locate_one", counted)
+    monkeypatch.setattr(LOCATORS[name], "locate_together", counted)
     locator, facts, store = small(name), [SAID, ZURICH, FACTS[2]], Store(folder=tmp_path)
-    pieces = len(facts) * len(locator.resolved(gpt2, facts).parts())
+    parts = len(locator.resolved(gpt2, facts).parts())
+    pieces = len(facts) * parts
 
     def stop(what: str, done: int, total: int) -> None:
-        if what == "facts" and done == pieces - 1:
+        if what == "facts" and done == len(facts) - 1:
             raise Cancelled
 
     with pytest.raises(Cancelled), reporting(stop):
         locate(locator, gpt2, facts, store=store)
-    assert len(computed) == pieces - 1
+    assert len(computed) == pieces - parts
     whole = locate(locator, gpt2, facts, store=store)
     assert len(computed) == pieces
     assert len(set(computed)) == pieces

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.examples import EIFFEL, FACTS, JOBS, SAO_PAULO, fresh_lm, tiny_lm
+from tests.examples import EIFFEL, FACTS, JOBS, SAO_PAULO, TURNED, fresh_lm, tiny_lm
 from workbench import sweep
+from workbench.errors import InputError
 from workbench.facts import Fact
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
+from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
+from workbench.sweep import engine, restore_by_sweep
+from workbench.sweep.blocks import WIRINGS
 
 FEW: dict[str, Any] = {"samples": 2, "noise": "s3", "window": 3}
 
@@ -32,11 +38,28 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
+def experiment(lm: LM, fact: Fact, **protocol: Any) -> tuple[Restoration, list[Cell]]:
+    """What a trace runs for a fact."""
+    trace = CausalTrace(**{**FEW, **protocol}).resolved(lm, [fact])
+    made = trace._experiment(lm, fact)
+    return made.problem, made.cells
+
+
+def agree(lm: LM, problem: Restoration, cells: Sequence[Cell], *, tolerance: float = 1e-6) -> Restored:
+    """Asserts that sweep and loop give the same, and gives what the sweep does."""
+    fast, slow = restore_by_sweep(lm, [problem], [cells])[0], restore_by_loop(lm, problem, cells)
+    effect = float((slow.cells - slow.corrupted).abs().max())
+    for name in ("clean", "corrupted", "cells"):
+        error = float((getattr(fast, name) - getattr(slow, name)).abs().max())
+        assert error < min(tolerance, 1e-3 * effect), name  # the map is not flat, so the comparison says something
+    return fast
+
+
 def gap(lm: LM, fact: Fact, **protocol: Any) -> tuple[float, float]:
     """The largest difference between sweep and loop, and the largest effect."""
     trace = CausalTrace(**protocol)
     fast, slow = (replace(trace, engine=engine)(lm, [fact]) for engine in ("sweep", "loop"))
-    assert fast.run["engine"] == "sweep"
+    assert fast.run["engine"].startswith("sweep")
     assert slow.run["engine"].startswith("loop")
     columns = ["fact", "site", "layer", "kind", "token", "position", "text"]
     assert fast.table[columns].equals(slow.table[columns])
@@ -44,10 +67,98 @@ def gap(lm: LM, fact: Fact, **protocol: Any) -> tuple[float, float]:
     return float((fast.table["score"] - slow.table["score"]).abs().max()), float(slow.table["value"].abs().max())
 
 
-def test_every_family_is_swept_exactly(lm: LM) -> None:
+IN_PIECES = sorted(set(WIRINGS) | {"gpt_neox_sequential", "gemma3"} - {"gemma3_text"})
+"""Tiny models whose blocks are taken to pieces."""
+
+
+def test_every_family_is_swept_exactly(lm: LM, family: str) -> None:
     error, effect = gap(lm, EIFFEL, **FEW)
     assert error < 1e-6
     assert error < 1e-3 * effect  # the map is not flat, so the comparison says something
+    engine = CausalTrace(**FEW)(lm, [EIFFEL]).run["engine"]
+    assert engine == "sweep" if family in IN_PIECES else engine.startswith("sweep, whole blocks: no wiring")
+
+
+def test_whole_blocks_give_the_same_in_every_family(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "no_pieces", lambda lm: "not now")
+    found = agree(lm, *experiment(lm, EIFFEL))
+    assert found.engine == "sweep, whole blocks: not now"
+
+
+def test_pieces_that_do_not_make_the_block_are_noticed() -> None:
+    """A block that somebody changed with a hook is still traced as it is."""
+    lm = fresh_lm("llama")
+    handle = lm.blocks[2].register_forward_hook(lambda block, args, out: 0.9 * out)
+    found = agree(lm, *experiment(lm, EIFFEL))
+    assert "differ by" in found.engine
+    handle.remove()
+    assert agree(lm, *experiment(lm, EIFFEL)).engine == "sweep"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "falcon"])
+def test_patching_between_two_prompts_goes_both_ways(family: str) -> None:
+    """Denoising puts the clean run's activations into the other prompt's, noising the other way round."""
+    lm = tiny_lm(family)
+    problem, cells = experiment(lm, EIFFEL, corrupt="swap", substitutes=(TURNED,))
+    agree(lm, problem, cells)
+    agree(lm, replace(problem, clean=problem.corrupted, corrupted=problem.clean), cells)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "falcon"])
+@pytest.mark.parametrize("kinds", [("resid_pre", "resid_post", "mlp_out", "attn_out"), ("z", "mlp_post")])
+def test_zeroing_is_swept_exactly(family: str, kinds: Any) -> None:
+    lm = tiny_lm(family)
+    problem, cells = experiment(lm, EIFFEL, kinds=kinds)
+    zeroing = replace(problem, corrupted=problem.clean, noise=None, put="zero")
+    found = agree(lm, zeroing, cells)
+    assert found.cells.shape == (len(cells), 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom"])
+def test_restored_embeddings_are_swept_exactly(family: str) -> None:
+    lm = tiny_lm(family)
+    agree(lm, *experiment(lm, EIFFEL, kinds=("embed", "resid_pre")))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "olmo2"])
+def test_float64_agrees_to_the_last_digits(family: str) -> None:
+    lm = fresh_lm(family)
+    lm = LM(lm.model.double(), lm.tokenizer)
+    agree(lm, *experiment(lm, EIFFEL), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_facts_of_several_lengths_share_a_sweep_and_do_not_matter_to_each_other(family: str) -> None:
+    lm = tiny_lm(family)
+    made = [experiment(lm, fact) for fact in FACTS]
+    assert len({problem.clean.ids.shape[1] for problem, _ in made}) > 2
+    together = restore_by_sweep(lm, [problem for problem, _ in made], [cells for _, cells in made])
+    for (problem, cells), found in zip(made, together, strict=True):
+        alone = restore_by_sweep(lm, [problem], [cells])[0]
+        assert torch.allclose(found.cells, alone.cells, atol=1e-7, rtol=0)
+        assert torch.allclose(found.cells, restore_by_loop(lm, problem, cells).cells, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_a_small_memory_takes_several_walks_for_the_same_map(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm(family)
+    problem, cells = experiment(lm, EIFFEL)
+    walks: list[int] = []
+    walk = sweep._walk
+
+    def counted(lm: LM, at_work: Any, runs: Any, lanes: Any, layers: Any) -> None:
+        walks.append(len(lanes))
+        walk(lm, at_work, runs, lanes, layers)
+
+    monkeypatch.setattr(sweep, "_walk", counted)
+    whole = restore_by_sweep(lm, [problem], [cells])[0]
+    least = 2 * problem.clean.ids.shape[1] * lm.d_model * 4
+    small = restore_by_sweep(lm, [problem], [cells], memory=2 * least)[0]
+    assert walks[0] == sum(walks[1:])
+    assert len(walks) > 10
+    assert torch.allclose(small.cells, whole.cells, atol=1e-7, rtol=0)
+    with pytest.raises(InputError, match=r"the budget is 0\.0 MiB"):
+        restore_by_sweep(lm, [problem], [cells], memory=100)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -68,7 +179,7 @@ def test_the_subject_may_stand_anywhere(fact: Fact) -> None:
 
 def test_chunks_change_nothing(gpt2: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = CausalTrace(**FEW)(gpt2, [JOBS]).table["score"]
-    monkeypatch.setattr(sweep, "POSITIONS_AT_ONCE", 1)
+    monkeypatch.setattr(engine, "POSITIONS_AT_ONCE", 1)
     assert np.allclose(CausalTrace(**FEW)(gpt2, [JOBS]).table["score"], whole, atol=1e-7)
 
 
@@ -90,7 +201,7 @@ def test_a_subject_at_the_end_leaves_only_its_own_cells(gpt2: LM) -> None:
 
 def test_flash_attention_is_refused_in_words() -> None:
     lm = fresh_lm("llama")
+    problem, cells = experiment(lm, EIFFEL)
+    assert sweep.sweepable(lm, problem, cells) == ""
     lm.model.config._attn_implementation = "flash_attention_2"
-    assert "no explicit mask" in sweep.sweepable(lm, [])
-    lm.model.config._attn_implementation = "sdpa"
-    assert sweep.sweepable(lm, []) == ""
+    assert "no explicit mask" in sweep.sweepable(lm, problem, cells)

@@ -77,6 +77,9 @@ class _Plan:
     shape: list[int] = field(default_factory=list)
     """Batch and positions of the pass that runs, noted at its embedding."""
 
+    stops: bool = False
+    """Whether the pass ends where the first block would begin."""
+
 
 _plans: ContextVar[tuple[_Plan, ...]] = ContextVar("workbench_plans", default=())
 
@@ -127,7 +130,7 @@ def run(
 
 
 def capture_calls(
-    lm: LM, tokens: Tokens, *, read: Sequence[SiteKind] = (), write: Mapping[Site, Write]
+    lm: LM, tokens: Tokens, *, read: Sequence[Site | SiteKind | str] = (), write: Mapping[Site, Write] | None = None
 ) -> tuple[Activations, dict[int, dict[str, Any]]]:
     """`run`, and by layer the named arguments each block was called with: masks, positions, rotary embeddings."""
     plan = _Plan(owner=_owner(lm), captures=True)
@@ -138,20 +141,59 @@ def capture_calls(
         _plans.reset(reset)
 
 
+def run_below(
+    lm: LM, tokens: Tokens, *, write: Mapping[Site, Write] | None = None
+) -> Float[Tensor, "batch pos d_model"]:
+    """What enters the first block; the model runs no further. Arguments as those of `run`."""
+    reset = _plans.set((*_plans.get(), _Plan(owner=_owner(lm), stops=True)))
+    try:
+        run(lm, tokens, write=write)
+    except _Entered as entered:
+        return entered.hidden
+    finally:
+        _plans.reset(reset)
+    raise AssertionError("a model without blocks has no LM")
+
+
+class _Entered(Exception):
+    """Raised at the first block by a pass that stops there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("the first block was reached")
+        self.hidden = hidden
+
+
 def run_block(
-    lm: LM, layer: int, call: Mapping[str, Any], *, write: Mapping[SiteKind, Callable[[Tensor], Tensor]]
-) -> Float[Tensor, "row pos d_model"]:
-    """One block alone: its output for the named arguments of `call`, with functions applied at its sites."""
+    lm: LM,
+    layer: int,
+    call: Mapping[str, Any],
+    *,
+    read: Sequence[SiteKind] = (),
+    write: Mapping[SiteKind, Callable[[Tensor], Tensor]] | None = None,
+) -> tuple[Float[Tensor, "row pos d_model"], dict[SiteKind, Tensor]]:
+    """One block alone: its output for the named arguments of `call`, and what was read at its sites.
+
+    Args:
+        lm: the model.
+        layer: which block.
+        call: the named arguments of the block, as `capture_calls` gives them.
+        read: kinds of sites.
+        write: by kind of site, a function applied there.
+    """
     hidden = call["hidden_states"]
-    writes = {(layer, kind): [function] for kind, function in write.items()}
-    plan = _Plan(owner=_owner(lm), writes=writes, shape=list(hidden.shape[:2]))
+    plan = _Plan(
+        owner=_owner(lm),
+        writes={(layer, kind): [function] for kind, function in (write or {}).items()},
+        reads=frozenset((layer, kind) for kind in read),
+        shape=list(hidden.shape[:2]),
+    )
     reset = _plans.set((*_plans.get(), plan))
     try:
         output = lm.blocks[layer](**call)
     finally:
         _plans.reset(reset)
     out: Tensor = output[0] if isinstance(output, tuple) else output
-    return out
+    return out, {kind: plan.found[layer, kind] for kind in read}
 
 
 def is_patched() -> bool:
@@ -284,6 +326,8 @@ class _Tap:
                 bound = inspect.signature(module.forward).bind(*args, **kwargs)
                 plan.calls[self.place[0]] = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
         new = self._through(plans, x)
+        if self.place == (0, "resid_pre") and any(plan.stops for plan in plans):
+            raise _Entered(new)
         if new is x:
             return None
         if key:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.models import LM, Tokens
@@ -44,6 +44,60 @@ class Answer:
 
     foil_text: str = ""
     """That answer's text."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Score:
+    """A score of one answer, ready to be taken. Called with logits (row, step, d_vocab) it gives one number a row."""
+
+    kind: ScoreKind
+    """What is measured."""
+
+    answer: Answer
+    """Of which answer."""
+
+    clean: Float[Tensor, " d_vocab"] | None = None
+    """For `kl`: the clean run's logits at the prompt's last token."""
+
+    def __call__(self, logits: Float[Tensor, "row step d_vocab"]) -> Float[Tensor, " row"]:
+        """See `score_answer`."""
+        return score_answer(self.kind, logits, self.answer, clean=self.clean)
+
+    def of_states(self, lm: LM, hidden: Float[Tensor, "row step d_model"]) -> Float[Tensor, " row"]:
+        """The score of states that leave the last block, without all logits in memory at once.
+
+        For probabilities the vocabulary is walked in pieces: only the answer's logits and the log-sum-exp are kept. `rank` and
+        `kl` need every logit, so there some rows at a time are scored.
+        """
+        if self.kind in ("p", "p_target", "logp") and type(lm.unembed) is nn.Linear:
+            steps = torch.arange(hidden.shape[1], device=hidden.device)
+            ids = torch.tensor(self.answer.ids[: len(steps)], device=hidden.device)
+            normed = _normed(lm, hidden)
+            total = torch.cat([_log_p(lm, some, ids) for some in normed.split(max(1, ROWS_AT_ONCE // len(steps)))])
+            return total.sum(-1) if self.kind == "logp" else total.sum(-1).exp()
+        at_once = max(1, 2**22 // (lm.d_vocab * hidden.shape[1]))
+        return torch.cat([self(lens_logits(lm, some)) for some in hidden.split(at_once)])
+
+
+ROWS_AT_ONCE = 1024
+"""Rows whose log-probabilities are computed together."""
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of the vocabulary that meet them at a time."""
+
+
+def _log_p(lm: LM, normed: Float[Tensor, "row step d_model"], ids: Int[Tensor, " step"]) -> Float[Tensor, "row step"]:
+    """Log-probability of one token at each step: its logit minus a running log-sum-exp over pieces of the vocabulary."""
+    kept = torch.float64 if normed.dtype == torch.float64 else torch.float32
+    total = torch.full(normed.shape[:-1], -torch.inf, dtype=kept, device=normed.device)
+    chosen = torch.zeros_like(total)
+    for first in range(0, lm.d_vocab, TOKENS_AT_ONCE):
+        logits = _unembedded(lm, normed, slice(first, first + TOKENS_AT_ONCE)).to(kept)
+        total = torch.logaddexp(total, logits.logsumexp(-1))
+        inside = (ids - first).clamp(0, logits.shape[-1] - 1).expand(total.shape)
+        mine = (ids >= first) & (ids < first + TOKENS_AT_ONCE)
+        chosen = torch.where(mine, logits.gather(-1, inside[..., None])[..., 0], chosen)
+    return chosen - total
 
 
 def score_answer(
@@ -130,9 +184,26 @@ def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "
     For `attn_out` and `mlp_out`, which are additions and no states, this reads the addition alone; the norm then rescales it, so
     compare ranks rather than probabilities. A logit scale (Cohere) and a final softcap (Gemma 2) are applied.
     """
+    return _unembedded(lm, _normed(lm, hidden))
+
+
+def _normed(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    with torch.no_grad():
+        normed: Tensor = lm.final_norm(hidden.to(lm.dtype))
+    return normed
+
+
+def _unembedded(
+    lm: LM, normed: Float[Tensor, "... d_model"], tokens: slice | None = None
+) -> Float[Tensor, "... token"]:
+    """The logits of all tokens, or of some where the unembedding is a plain matrix."""
     config = lm.model.config.get_text_config()
     scale, cap = getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
     with torch.no_grad():
-        logits: Tensor = lm.unembed(lm.final_norm(hidden.to(lm.dtype)))
+        if tokens is None:
+            logits: Tensor = lm.unembed(normed)
+        else:
+            weight, bias = lm.unembed.get_parameter("weight"), getattr(lm.unembed, "bias", None)
+            logits = nn.functional.linear(normed, weight[tokens], None if bias is None else bias[tokens])
     logits = logits if scale is None else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -2,18 +2,23 @@
 
 The loop is the reference: one forward pass per cell, batched over noise samples only, with nothing shared between cells. Faster
 engines take the same `Restoration` and the same cells, and must give the same numbers.
+
+Other experiments are the same one with other runs: patching between two prompts, from either into the other, is a `corrupted` of
+another text; zeroing (`put="zero"`) has the same prompt on both sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.hooks import Activations, Write, run
+from workbench.metrics import Score
 from workbench.models import LM, Tokens
 from workbench.progress import track
 from workbench.sites import Site, SiteKind
@@ -46,20 +51,23 @@ class Restoration:
     corrupted: Tokens
     """One row a sample: the same prompt, to which noise is added, or a prompt with another subject."""
 
-    noise: Float[Tensor, "sample pos d_model"] | None
+    noise: Float[Tensor, "sample pos d_model"] | None = None
     """Added to the token embeddings of the corrupted rows, zero outside of the subject; None where the text differs instead."""
 
-    replace: bool
+    replace: bool = False
     """Put the noise in the place of the subject's embeddings instead of adding it."""
 
-    sever: SiteKind | None
+    put: Literal["clean", "zero"] = "clean"
+    """What is put at a cell: the clean run's activation, or zero."""
+
+    sever: SiteKind | None = None
     """`attn_out` or `mlp_out`: these outputs, at the restored token in all layers, are held at their corrupted values."""
 
-    steps: int
+    steps: int = 1
     """How many tokens of the answer are scored: at so many positions, from the prompt's last token on, logits are needed."""
 
-    score: Callable[[Float[Tensor, "row step d_vocab"]], Float[Tensor, " row"]]
-    """Logits at those positions to one number a row."""
+    score: Score
+    """What is measured there."""
 
     def answer_logits(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row step d_vocab"]:
         """The logits at the positions where the answer is predicted."""
@@ -67,7 +75,9 @@ class Restoration:
         return logits[:, first : first + self.steps]
 
     def first_changed(self) -> int:
-        """The first position at which a corrupted row differs from the clean one."""
+        """The first position at which a corrupted row with a cell restored may differ from the clean one."""
+        if self.put == "zero":
+            return 0
         changed = (self.corrupted.ids != self.clean.ids).any(0)
         if self.noise is not None:
             changed = changed | (self.noise != 0).any(-1).any(0).to(changed.device)
@@ -91,24 +101,46 @@ class Restoration:
         return run(lm, self.corrupted, read=read, write=self.corruption())
 
 
-def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Float[Tensor, "cell sample"]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Restored:
+    """The scores of a clean run, of a corrupted one, and of that one with each cell restored."""
+
+    clean: Float[Tensor, ""]
+    """The clean prompt's score."""
+
+    corrupted: Float[Tensor, " sample"]
+    """With nothing restored."""
+
+    cells: Float[Tensor, "cell sample"]
+    """With a cell restored, in the order the cells were given."""
+
+    engine: str
+    """What computed them, in words for the manifest."""
+
+
+def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Restored:
     """The score of every cell for every noise sample, one forward pass at a time.
 
-    1. One clean run: the activations to restore. With a severed path also one corrupted run: the outputs to hold.
+    1. One clean run: the activations to restore, and one corrupted run: the outputs that a severed path is held at.
     2. For each cell: corrupt the prompt, hold the severed outputs at the cell's token in all layers, restore the cell's
        outputs, score.
     """
     kinds: list[SiteKind] = sorted({cell.kind for cell in cells})
     clean = run(lm, problem.clean, read=kinds)
-    held = problem.corrupted_run(lm, read=(problem.sever,)) if problem.sever else None
+    corrupted = problem.corrupted_run(lm, read=(problem.sever,) if problem.sever else ())
     scores = []
     for cell in track(cells, "cells", len(cells)):
         write = problem.corruption()
-        if held is not None and problem.sever is not None:
-            for site in lm.sites(problem.sever):
-                write[Site(layer=site.layer, kind=site.kind, token=cell.position)] = held[site]
+        for site in lm.sites(problem.sever) if problem.sever else ():
+            write[Site(layer=site.layer, kind=site.kind, token=cell.position)] = corrupted[site]
         for layer in cell.layers:
             site = Site(layer=layer, kind=cell.kind)
-            write[Site(layer=layer, kind=cell.kind, token=cell.position)] = clean[site]
+            value = clean[site] if problem.put == "clean" else torch.zeros_like(clean[site])
+            write[Site(layer=layer, kind=cell.kind, token=cell.position)] = value
         scores.append(problem.score(problem.answer_logits(run(lm, problem.corrupted, write=write).logits)))
-    return torch.stack(scores)
+    return Restored(
+        clean=problem.score(problem.answer_logits(clean.logits))[0],
+        corrupted=problem.score(problem.answer_logits(corrupted.logits)),
+        cells=torch.stack(scores),
+        engine="loop",
+    )

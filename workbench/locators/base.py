@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from typing_extensions import Self
 
 from workbench.checks import self_checks
@@ -37,18 +41,27 @@ class Locator(ABC):
             if get_origin(hint) is tuple and not isinstance(value, tuple):
                 raise FactError(f"{name} is {value!r}, expected a tuple, e.g. ({value!r},).")
 
-    def __call__(self, lm: LM, facts: Sequence[Fact]) -> Footprint:
-        """Where the facts are.
+    def __call__(self, lm: LM, facts: Sequence[Fact], *, memory: int | None = None) -> Footprint:
+        """Where the facts are; `memory` as in `locate`.
 
         Raises:
             FactError: no facts, or two of the same id.
             ModelError: the model cannot run this method.
         """
-        return locate(self, lm, facts)
+        return locate(self, lm, facts, memory=memory)
 
     @abstractmethod
-    def locate_one(self, lm: LM, fact: Fact) -> Footprint:
-        """The footprint of one fact. What it depends on is this object, the weights and the fact, nothing else."""
+    def locate_together(
+        self, lm: LM, pieces: Sequence[tuple[Fact, Self]], *, memory: int | None = None
+    ) -> list[Footprint]:
+        """The footprints of some facts by some `parts` of this method, which may share their work.
+
+        What a footprint depends on is the part, the weights and the fact, nothing else: not the other pieces, not the memory.
+        """
+
+    def facts_at_once(self, lm: LM) -> int:
+        """How many facts are best handed to `locate_together`."""
+        return 1
 
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """This method with everything fixed that it takes from the whole set of facts (e.g. the noise's scale).
@@ -68,8 +81,10 @@ class Locator(ABC):
         )
 
 
-def locate(locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | None = None) -> Footprint:
-    """Runs a locator fact by fact and part by part; with a store, each piece is kept as soon as it is there and not computed twice.
+def locate(
+    locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | None = None, memory: int | None = None
+) -> Footprint:
+    """Runs a locator over facts; with a store, each fact's pieces are kept as soon as they are there and not computed twice.
 
     So a run that was stopped goes on where it was.
 
@@ -78,6 +93,11 @@ def locate(locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | No
         lm: the model.
         facts: what to locate.
         store: where pieces are kept; None to keep nothing.
+        memory: bytes that the method may take for intermediate states, where it can do with less by working longer; None: half of
+            what is free.
+
+    Returns:
+        The joined footprint. Its manifest has `throughput`: facts computed now, seconds, and the process's peak memory in MiB.
 
     Raises:
         FactError: no facts, or two of the same id.
@@ -95,19 +115,38 @@ def locate(locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | No
     lm.model.eval()
     self_checks(lm)
     locator = locator.resolved(lm, facts)
-    pieces = [(fact, part) for fact in facts for part in locator.parts()]
-    found = []
-    for fact, part in track(pieces, "facts", len(pieces)) if len(facts) > 1 else pieces:
-        run = manifest(type(part).__name__, model=lm.protocol, parameters=part, facts=[fact])
-        piece = store.find(run, Footprint) if store else None
-        if piece is None:
-            piece = part.locate_one(lm, fact)
+    parts, at_once = locator.parts(), locator.facts_at_once(lm)
+    batches = [facts[first : first + at_once] for first in range(0, len(facts), at_once)]
+    found: dict[tuple[str, Locator], Footprint] = {}
+    began, computed = time.perf_counter(), 0
+    for batch in track(batches, "facts", len(batches)) if len(batches) > 1 else batches:
+        missing = []
+        for fact, part in ((fact, part) for fact in batch for part in parts):
+            run = manifest(type(part).__name__, model=lm.protocol, parameters=part, facts=[fact])
+            kept = store.find(run, Footprint) if store else None
+            if kept is None:
+                missing.append((fact, part))
+            else:
+                found[fact.id, part] = kept
+        new = locator.locate_together(lm, missing, memory=memory) if missing else []
+        for (fact, part), piece in zip(missing, new, strict=True):
             if store:
                 store.save(piece)
-        found.append(piece)
-    whole = join(found)
-    return Footprint(
-        table=whole.table,
-        run={**whole.run, "parameters": manifest("", model={}, parameters=locator, facts=())["parameters"]},
-        extras=whole.extras,
-    )
+            found[fact.id, part] = piece
+        computed += len({fact.id for fact, _ in missing})
+    whole = join([found[fact.id, part] for fact in facts for part in parts])
+    throughput = {
+        "facts": computed,
+        "seconds": round(time.perf_counter() - began, 2),
+        "peak_memory_mib": peak_memory(lm),
+    }
+    parameters = manifest("", model={}, parameters=locator, facts=())["parameters"]
+    return replace(whole, run={**whole.run, "parameters": parameters, "throughput": throughput})
+
+
+def peak_memory(lm: LM) -> int:
+    """The most memory in MiB that this process held so far: on the GPU where the model is on one, else resident."""
+    if lm.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(lm.device)) // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20

@@ -12,27 +12,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
-from workbench import metrics
 from workbench.facts import Fact, FactError
 from workbench.hooks import Activations, run
 from workbench.locators.base import Locator
-from workbench.metrics import Answer, ScoreKind
+from workbench.metrics import Answer, Score, ScoreKind
 from workbench.models import LM, Tokens
 from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
-from workbench.restoring import Cell, Restoration, restore_by_loop
+from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
 from workbench.results import Footprint
 from workbench.sites import KINDS, Role, Site, SiteKind, window
 from workbench.sweep import restore_by_sweep, sweepable
 
 MOST_SAMPLES = 10_000
 """More noise samples than anybody needs; a slip of the keyboard should not fill the memory."""
+
+
+FACTS_AT_ONCE = 8
+"""How many facts are swept together on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+    """What is run for one fact."""
+
+    fact: Fact
+    """The fact."""
+
+    problem: Restoration
+    """Its clean and corrupted runs."""
+
+    cells: list[Cell]
+    """What is restored."""
+
+    answer: Answer
+    """What is scored, with its foil."""
+
+    sigma: float | None
+    """The noise's number; None without noise."""
+
+    said: int
+    """The token that the model itself says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,23 +149,43 @@ class CausalTrace(Locator):
         """One trace for each kind."""
         return tuple(replace(self, kinds=(kind,)) for kind in self.kinds)
 
-    def locate_one(self, lm: LM, fact: Fact) -> Footprint:
-        """The maps of one fact."""
-        clean = run(lm, lm.encode([fact]))
-        problem, answer, sigma = self._problem(lm, fact, find_answer(lm, fact, clean), clean)
-        cells = self._cells(lm, problem.clean)
-        clean_score = float(problem.score(problem.answer_logits(run(lm, problem.clean).logits))[0])
-        low = problem.score(problem.answer_logits(problem.corrupted_run(lm).logits)).cpu().double().numpy()
-        why_not = "asked for" if self.engine == "loop" else sweepable(lm, cells)
-        restored = restore_by_loop(lm, problem, cells) if why_not else restore_by_sweep(lm, problem, cells)
-        scores = restored.cpu().double().numpy()
+    def facts_at_once(self, lm: LM) -> int:
+        """Several on a GPU, where one fact's matrices are small; on a CPU one at a time is faster."""
+        return FACTS_AT_ONCE if lm.device.type == "cuda" else 1
+
+    def locate_together(
+        self, lm: LM, pieces: Sequence[tuple[Fact, CausalTrace]], *, memory: int | None = None
+    ) -> list[Footprint]:
+        """The maps of some facts; all kinds of all of them in one sweep."""
+        asked: dict[Fact, list[SiteKind]] = {}
+        for fact, part in pieces:
+            asked.setdefault(fact, []).extend(part.kinds)
+        traced = [replace(self, kinds=tuple(kinds))._experiment(lm, fact) for fact, kinds in asked.items()]
+        restored = dict(zip(asked, self._restored(lm, traced, memory), strict=True))
+        experiments = dict(zip(asked, traced, strict=True))
+        return [part._footprint(lm, experiments[fact], restored[fact]) for fact, part in pieces]
+
+    def _restored(self, lm: LM, experiments: Sequence[Experiment], memory: int | None) -> list[Restored]:
+        """The scores of each experiment's cells."""
+        problems, cells = [one.problem for one in experiments], [one.cells for one in experiments]
+        why_not = "asked for" if self.engine == "loop" else sweepable(lm, problems[0], cells[0])
+        if not why_not:
+            return restore_by_sweep(lm, problems, cells, memory=memory)
+        found = [restore_by_loop(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True)]
+        return [replace(one, engine=f"loop: {why_not}") for one in found]
+
+    def _footprint(self, lm: LM, experiment: Experiment, restored: Restored) -> Footprint:
+        """What the scores of an experiment say about this trace's kinds."""
+        fact, answer, problem = experiment.fact, experiment.answer, experiment.problem
+        mine = [i for i, cell in enumerate(experiment.cells) if cell.kind in self.kinds]
+        scores = restored.cells.cpu().double().numpy()[mine]
+        low, clean = restored.corrupted.cpu().double().numpy(), float(restored.clean)
         if not (np.isfinite(scores).all() and np.isfinite(low).all()):
             raise FactError(
                 f"The corrupted run of {fact.text!r} gives no number in {str(lm.dtype).removeprefix('torch.')}. "
                 "Use less noise, or float32."
             )
-        table, samples = self._tables(fact, problem.clean, cells, scores, low)
-        said = int(clean.last_logits[0].argmax())
+        table, samples = self._tables(fact, problem.clean, [experiment.cells[i] for i in mine], scores, low)
         row = {
             "fact": fact.id,
             "prompt": fact.text,
@@ -148,30 +193,33 @@ class CausalTrace(Locator):
             "answer": answer.text,
             "answer_ids": " ".join(map(str, answer.ids)),
             "foil": answer.foil_text,
-            "said": lm.word(said).strip(),
-            "correct": said == answer.ids[0],
-            "clean": clean_score,
+            "said": lm.word(experiment.said).strip(),
+            "correct": experiment.said == answer.ids[0],
+            "clean": clean,
             "corrupted": low.mean(),
             "corrupted_se": _standard_error(low[None])[0],
-            "total_effect": self._sign * (clean_score - low.mean()),
-            "sigma": np.nan if sigma is None else sigma,
+            "total_effect": self._sign * (clean - low.mean()),
+            "sigma": np.nan if experiment.sigma is None else experiment.sigma,
             "corrupted_prompt": "" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
         }
-        unit, engine = f"indirect effect in {self.score}", f"loop: {why_not}" if why_not else "sweep"
         return Footprint(
             table=table,
-            run=self._manifest(lm, fact, sigma=sigma, unit=unit, engine=engine),
+            run=self._manifest(lm, fact, sigma=experiment.sigma, unit=self._unit, engine=restored.engine),
             extras={"facts": pd.DataFrame([row]), "samples": samples},
         )
+
+    @property
+    def _unit(self) -> str:
+        return f"indirect effect in {self.score}"
 
     @property
     def _sign(self) -> int:
         return -1 if self.score in ("rank", "kl") else 1
 
-    def _problem(
-        self, lm: LM, fact: Fact, answer: Answer, clean: Activations
-    ) -> tuple[Restoration, Answer, float | None]:
-        """The experiment, the answer with its foil, and the noise's number."""
+    def _experiment(self, lm: LM, fact: Fact) -> Experiment:
+        """What is run for a fact."""
+        clean = run(lm, lm.encode([fact]))
+        answer = find_answer(lm, fact, clean)
         whole = (answer.text,) if self.score in ("p_target", "logp") and len(answer.ids) > 1 else None
         tokens = lm.encode([fact], targets=whole)
         noise, sigma, spans = None, None, tokens.spans[0]
@@ -200,9 +248,16 @@ class CausalTrace(Locator):
             replace=self.replace,
             sever=None if self.sever == "none" else self.sever,
             steps=len(answer.ids) if whole else 1,
-            score=partial(metrics.score_answer, self.score, answer=answer, clean=clean.last_logits[0]),
+            score=Score(kind=self.score, answer=answer, clean=clean.last_logits[0]),
         )
-        return problem, answer, sigma
+        return Experiment(
+            fact=fact,
+            problem=problem,
+            cells=self._cells(lm, tokens),
+            answer=answer,
+            sigma=sigma,
+            said=int(clean.last_logits[0].argmax()),
+        )
 
     def _cells(self, lm: LM, tokens: Tokens) -> list[Cell]:
         roles = tokens.roles()

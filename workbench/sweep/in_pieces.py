@@ -1,0 +1,249 @@
+"""The fast engine: blocks taken apart, so that nothing is computed that is known or not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from workbench.models import LM
+from workbench.sites import SiteKind
+from workbench.sweep.blocks import Pieces, Rotation
+from workbench.sweep.engine import Engine, chunks
+from workbench.sweep.lanes import Group, Lane, Run
+
+
+@dataclass(eq=False)
+class _Notes:
+    """What lanes need of one run at one layer."""
+
+    rotation: Rotation | None
+    mask: Tensor
+    clean_k: Tensor
+    """(1, pos, kv, d_head), turned."""
+
+    clean_v: Tensor
+    q: Tensor
+    """(sample, pos, head, d_head), turned, of the last positions: at the last layer those where the answer is predicted, else those
+    from the first change on."""
+
+    k: Tensor
+    """(sample, pos, kv, d_head), turned, of all positions."""
+
+    v: Tensor
+    attn: Tensor
+    """What attention adds (sample, pos, d_model), of the positions of `q`."""
+
+    mlp: Tensor
+    """What the MLP adds, of the same."""
+
+
+class InPieces(Engine):
+    """Blocks taken apart, so that nothing is computed that is known or not needed."""
+
+    def __init__(self, lm: LM, runs: Sequence[Run]) -> None:
+        super().__init__(lm, runs)
+        self.pieces = [Pieces(lm, layer) for layer in range(lm.n_layers)]
+        self.errors: list[Tensor] = []
+        self.notes: dict[Run, _Notes] = {}
+
+    def error(self) -> float:
+        return float(torch.stack(self.errors).max())
+
+    def enter(self, layer: int) -> None:
+        for run in self.runs:
+            self.notes[run] = self._enter(run, layer)
+
+    def _enter(self, run: Run, layer: int) -> _Notes:
+        pieces, mask = self.pieces[layer], run.mask(layer)[0]
+        rotation = pieces.rotation(run.calls[layer])
+
+        x = run.clean_state(layer)
+        q, k, v = (part[None] for part in pieces.qkv(pieces.norm(x)))
+        clean_k, clean_v = pieces.rotate(k, rotation, 0), v
+        attn = pieces.out(pieces.attend(pieces.rotate(q, rotation, 0), clean_k, clean_v, mask)[0])
+        added = attn + pieces.mlp(x if pieces.parallel else x + attn)
+        expected = run.clean_state(layer + 1) - x
+        self.errors.append((added - expected).norm() / expected.norm())
+
+        n, length = run.samples, run.length
+        kept = run.scored if layer + 1 == self.lm.n_layers else run.start
+        h = pieces.norm(run.hidden.flatten(0, 1))
+        k, v = (part.unflatten(0, (n, -1)) for part in pieces.kv(h))
+        k = pieces.rotate(k, rotation, run.start)
+        k, v = (
+            torch.cat((clean[:, : run.start].expand(n, -1, -1, -1), own), dim=1)
+            for clean, own in ((clean_k, k), (clean_v, v))
+        )
+        x = run.hidden[:, run.hidden.shape[1] - (length - kept) :]
+        q = pieces.rotate(pieces.q(pieces.norm(x.flatten(0, 1))).unflatten(0, (n, -1)), rotation, kept)
+        flat = x.flatten(0, 1)
+        attn = pieces.out(pieces.attend(q, k, v, mask[kept:]).flatten(0, 1))
+        mlp = pieces.mlp(flat if pieces.parallel else flat + attn)
+        run.above = (flat + attn + mlp).unflatten(0, (n, -1))
+        return _Notes(rotation, mask, clean_k, clean_v, q, k, v, attn.unflatten(0, (n, -1)), mlp.unflatten(0, (n, -1)))
+
+    def restored(self, layer: int, lanes: Sequence[Lane]) -> dict[Lane, Tensor]:
+        pieces, found, unknown = self.pieces[layer], dict[Lane, Tensor](), list[Lane]()
+        for lane in lanes:
+            run, notes = lane.group.run, self.notes[lane.group.run]
+            here = lane.group.position - run.length  # from the end: at the last layer only the last positions are kept
+            x, attn, mlp = run.hidden[:, here], notes.attn[:, here], notes.mlp[:, here]
+            value = run.put(lane.output, layer, lane.group.position)
+            if lane.kind == "mlp_out":
+                found[lane] = x + attn + value
+            elif pieces.parallel or run.problem.sever == "mlp_out":
+                found[lane] = x + value + mlp
+            else:
+                found[lane] = x + value
+                unknown.append(lane)
+        if unknown:
+            mid = torch.cat([found[lane] for lane in unknown])
+            above = (mid + pieces.mlp(mid)).split([len(found[lane]) for lane in unknown])
+            found.update(zip(unknown, above, strict=True))
+        return found
+
+    def through(self, layer: int, lanes: Sequence[Lane]) -> None:
+        for fresh in (True, False):
+            for some in chunks([lane for lane in lanes if lane.fresh is fresh]):
+                self._chunk(layer, some)
+
+    def _chunk(self, layer: int, lanes: Sequence[Lane]) -> None:
+        """Some lanes, all of them fresh or none, through a block."""
+        pieces, last = self.pieces[layer], layer + 1 == self.lm.n_layers
+        parts = [_Part.of(list(mine), self.notes, last) for _, mine in groupby(lanes, key=lambda lane: lane.group)]
+        x = torch.cat([lane.state[:, -part.queries :].flatten(0, 1) for part in parts for lane in part.lanes])
+        heads = self._known(pieces, parts) if lanes[0].fresh else self._projected(pieces, parts, x)
+        z = torch.cat([part.attend(pieces, *each).flatten(0, 1) for part, each in zip(parts, heads, strict=True)])
+        attn = _added(pieces.out, z, self._pins("attn_out", layer, parts))
+        mid = x + attn
+        mlp = _added(pieces.mlp, x if pieces.parallel else mid, self._pins("mlp_out", layer, parts))
+        above = iter((mid + mlp).split([part.queries * part.samples for part in parts for _ in part.lanes]))
+        for part in parts:
+            for lane in part.lanes:
+                lane.state = next(above).unflatten(0, (part.samples, -1))
+
+    def _projected(self, pieces: Pieces, parts: Sequence[_Part], x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Turned queries, keys and values of each part's lanes, from their states `x`."""
+        if all(part.queries == part.carried for part in parts):
+            q, k, v = pieces.qkv(pieces.norm(x))
+        else:
+            q = pieces.q(pieces.norm(x))
+            whole = torch.cat([lane.state.flatten(0, 1) for part in parts for lane in part.lanes])
+            k, v = pieces.kv(pieces.norm(whole))
+        queries, keys = [part.rows * part.queries for part in parts], [part.rows * part.carried for part in parts]
+        for part, *each in zip(parts, q.split(queries), k.split(keys), v.split(keys), strict=True):
+            mine = [rows.unflatten(0, (part.rows, -1)) for rows in each]
+            yield part.turned(pieces, *mine)
+
+    def _known(self, pieces: Pieces, parts: Sequence[_Part]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same of lanes that differ from the corrupted run at most in their first token: the rest is noted already."""
+        changed = [part for part in parts if not part.group.clean_prefix]
+        first = [lane.state[:, 0] for part in changed for lane in part.lanes]
+        projected = pieces.qkv(pieces.norm(torch.cat(first))) if first else ()
+        each = [rows[:, None].split([part.rows for part in changed]) for rows in projected]
+        own = {part: mine for part, *mine in zip(changed, *each, strict=True)}
+        for part in parts:
+            notes, group = part.notes, part.group
+            q, k, v = notes.q[:, -part.queries :], notes.k[:, group.first :], notes.v[:, group.first :]
+            if part in own:
+                new = part.turned(pieces, *own[part])
+                if part.queries < part.carried:  # the first token asks nothing in the last block
+                    new = (new[0][:, :0], *new[1:])
+                q, k, v = (
+                    torch.cat((mine, part.repeated(noted[:, mine.shape[1] :])), dim=1)
+                    for mine, noted in zip(new, (q, k, v), strict=True)
+                )
+                yield q, k, v
+            else:
+                yield part.repeated(q), part.repeated(k), part.repeated(v)
+
+    def _pins(self, kind: SiteKind, layer: int, parts: Sequence[_Part]) -> list[tuple[int, _Part, Tensor | None]]:
+        """For every lane: how many rows it has, and what is put at its first token (sample or 1, d_model), if anything."""
+        pins: list[tuple[int, _Part, Tensor | None]] = []
+        for part in parts:
+            run, group, notes = part.group.run, part.group, part.notes
+            seen = part.queries == part.carried and not group.clean_prefix
+            for lane in part.lanes:
+                value = None
+                if seen and lane.kind == kind and lane.inside(layer):
+                    value = run.put(kind, layer, group.position)
+                elif seen and run.problem.sever == kind:
+                    value = (notes.attn if kind == "attn_out" else notes.mlp)[:, group.position - run.length]
+                pins.append((part.queries, part, value))
+        return pins
+
+
+@dataclass(eq=False)
+class _Part:
+    """The lanes of one group in a chunk."""
+
+    group: Group
+    lanes: list[Lane]
+    notes: _Notes
+    samples: int
+    carried: int
+    """Tokens of a row."""
+
+    queries: int
+    """The last so many of them are computed."""
+
+    @staticmethod
+    def of(lanes: list[Lane], notes: Mapping[Run, _Notes], last: bool) -> _Part:
+        group = lanes[0].group
+        run = group.run
+        carried = run.length - group.first
+        return _Part(group, lanes, notes[run], run.samples, carried, run.problem.steps if last else carried)
+
+    @property
+    def rows(self) -> int:
+        """Lanes x samples."""
+        return len(self.lanes) * self.samples
+
+    def turned(self, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the last, and keys of all tokens carried, with their rotary embedding."""
+        rotation, first = self.notes.rotation, self.group.first
+        return (
+            pieces.rotate(q, rotation, first + (k.shape[1] - q.shape[1])),
+            pieces.rotate(k, rotation, first),
+            v,
+        )
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """(sample or 1, ...) once for each lane: (row, ...)."""
+        return x.expand(len(self.lanes), self.samples, *x.shape[1:]).flatten(0, 1)
+
+    def attend(self, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the tokens carried and those before them: (row, query, width)."""
+        notes, group = self.notes, self.group
+        before_k, before_v = (notes.clean_k, notes.clean_v) if group.clean_prefix else (notes.k, notes.v)
+        k = torch.cat((self.repeated(before_k[:, : group.first]), k), dim=1)
+        v = torch.cat((self.repeated(before_v[:, : group.first]), v), dim=1)
+        return pieces.attend(q, k, v, notes.mask[-self.queries :])
+
+
+def _added(
+    function: Callable[[Tensor], Tensor], rows: Tensor, pins: Sequence[tuple[int, _Part, Tensor | None]]
+) -> Tensor:
+    """What a sublayer adds: `function` of the rows; at a lane's first token, where something is pinned, that instead."""
+    if all(value is None for _, _, value in pins):
+        return function(rows)
+    each = torch.arange(len(rows), device=rows.device).split([part.samples * n for n, part, _ in pins])
+    kept, pinned, values = [], [], []
+    for (n, part, value), mine in zip(pins, each, strict=True):
+        if value is None:
+            kept.append(mine)
+        else:
+            grid = mine.unflatten(0, (part.samples, n))
+            kept.append(grid[:, 1:].flatten())
+            pinned.append(grid[:, 0])
+            values.append(value.expand(part.samples, -1))
+    computed = torch.cat(kept)
+    added = torch.empty_like(rows[:, :1]).expand(-1, values[0].shape[-1]).clone()
+    if len(computed):
+        added[computed] = function(rows[computed])
+    added[torch.cat(pinned)] = torch.cat(values).to(added.dtype)
+    return added

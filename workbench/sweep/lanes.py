@@ -1,0 +1,243 @@
+"""What a sweep carries: the clean and the corrupted run of each problem, and the lanes that depart from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import psutil
+import torch
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.hooks import capture_calls, run_below
+from workbench.models import LM
+from workbench.restoring import Cell, Restoration, Restored
+from workbench.sites import Site, SiteKind
+
+_STATES: set[SiteKind] = {"embed", "resid_pre", "resid_post"}
+_SUBLAYER: dict[SiteKind, SiteKind] = {"z": "attn_out", "mlp_post": "mlp_out"}
+"""What an inner activation decides, and nothing but that."""
+
+
+class Run:
+    """The clean and the corrupted run of one problem, as far up as the walk has come."""
+
+    def __init__(self, lm: LM, problem: Restoration, kinds: set[SiteKind]) -> None:
+        outputs: list[SiteKind] = sorted((kinds | {_SUBLAYER.get(kind, kind) for kind in kinds}) - _STATES)
+        self.lm, self.problem = lm, problem
+        top = Site(layer=lm.n_layers - 1, kind="resid_post")
+        self.clean, self.calls = capture_calls(lm, problem.clean, read=["resid_pre", top, *outputs])
+        self.start = min(problem.first_changed(), len(self.clean.logits[0]))
+        self.length = problem.clean.ids.shape[1]
+        self.scored = self.length - problem.steps
+        """The first token whose logits are needed."""
+        self._below: Tensor = run_below(lm, problem.corrupted, write=problem.corruption())[:, self.start :]
+        self.samples = len(self._below)
+        self.layer = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Back to the first layer."""
+        self.layer, self.hidden, self.above = 0, self._below, self._below
+
+    def rise(self) -> None:
+        """To the next layer: what the engine put into `above` is what enters it."""
+        self.layer, self.hidden = self.layer + 1, self.above
+
+    def clean_state(self, layer: int) -> Tensor:
+        """The clean states (pos, d_model) that enter a layer, or leave the last one."""
+        if layer < self.lm.n_layers:
+            return self.clean[Site(layer=layer, kind="resid_pre")][0]
+        return self.clean[Site(layer=layer - 1, kind="resid_post")][0]
+
+    def put(self, kind: SiteKind, layer: int, position: int) -> Tensor:
+        """What is put at a restored output: (1, width)."""
+        value = self.clean[Site(layer=layer, kind=kind)][:, position]
+        return value if self.problem.put == "clean" else torch.zeros_like(value)
+
+    def mask(self, layer: int) -> Tensor:
+        """What is added to attention's scores: (1 or head, query, key). Falcon's has its ALiBi in it, head by head."""
+        given = self.calls[layer].get("attention_mask")
+        dtype, device, square = self.hidden.dtype, self.hidden.device, (self.length, self.length)
+        if given is not None and given.dtype != torch.bool:
+            mask: Tensor = given[0, :, -self.length :, : self.length].to(dtype)
+            return mask
+        if given is None:
+            seen = torch.ones(square, dtype=torch.bool, device=device).tril()[None]
+        else:
+            seen = given[0, :, -self.length :, : self.length]
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@dataclass(eq=False)
+class Group:
+    """The lanes of one token: they carry the same tokens behind the same keys and values."""
+
+    run: Run
+    position: int
+    """The restored token."""
+
+    first: int
+    """The first token carried."""
+
+    clean_prefix: bool
+    """Whether the clean run's keys and values stand before it, and not the corrupted run's."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """What one or several cells restore, and the states of all noise samples with it restored."""
+
+    group: Group
+    kind: SiteKind | None
+    """The output restored; None for a whole state."""
+
+    layers: range
+    """Where; empty for a state."""
+
+    enters: int
+    """The layer that it enters with a state changed at its token alone."""
+
+    leader: Lane | None = None
+    """The lane that it forks from, where a longer window starts with its own."""
+
+    state: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(sample, pos, d_model): the tokens carried; after the last layer those where the answer is predicted."""
+
+    aboard: bool = False
+    """Whether it has joined the walk and is not yet scored."""
+
+    fresh: bool = False
+    """Whether only the restored token differs from the corrupted run."""
+
+    score: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(sample,), when it is done."""
+
+    @property
+    def output(self) -> SiteKind:
+        """The output that a lane with a window restores."""
+        assert self.kind is not None
+        return self.kind
+
+    def size(self) -> int:
+        """Numbers in its state."""
+        run = self.group.run
+        return run.samples * (run.length - self.group.first) * run.lm.d_model
+
+    def board(self, restored: Tensor | None = None) -> None:
+        """Comes aboard with the corrupted states of its tokens, and the restored one (sample, d_model) of the first."""
+        group, run = self.group, self.group.run
+        top = self.enters == run.lm.n_layers
+        first = max(group.first, run.scored) if top else group.first
+        state = run.hidden[:, run.hidden.shape[1] - (run.length - first) :]
+        if not group.clean_prefix and group.position >= first:
+            state = state.clone()
+            if restored is None:
+                clean = run.clean_state(self.enters)[group.position]
+                restored = clean if run.problem.put == "clean" else torch.zeros_like(clean)
+            state[:, 0] = restored
+        self.state, self.fresh, self.aboard = state, True, True
+
+    def fork(self) -> None:
+        """Comes aboard where its window ends and its leader's goes on."""
+        assert self.leader is not None
+        self.state, self.fresh, self.aboard = self.leader.state, self.leader.fresh, True
+
+    def leave(self, score: Tensor) -> None:
+        """Ends the walk with its score."""
+        self.score, self.state, self.aboard = score, torch.empty(0), False
+
+    def inside(self, layer: int) -> bool:
+        """Whether its output is put in place at this layer."""
+        return self.kind is not None and layer in self.layers and self.leader is None
+
+
+def set_leaders(lanes: Sequence[Lane]) -> dict[int, list[Lane]]:
+    """Lets the widest of the windows that start together lead; the others fork at the layer after their last."""
+    for lane in lanes:
+        lane.leader = None
+    forks: dict[int, list[Lane]] = {}
+    windows = [lane for lane in lanes if lane.kind is not None]
+    by_start = sorted(windows, key=lambda lane: (id(lane.group), str(lane.kind), lane.layers.start, -lane.layers.stop))
+    for _, together in groupby(by_start, key=lambda lane: (id(lane.group), lane.kind, lane.layers.start)):
+        leader, *others = together
+        for lane in others:
+            lane.leader = leader
+            forks.setdefault(lane.layers.stop, []).append(lane)
+    return forks
+
+
+class Plan:
+    """Which lane gives which cell."""
+
+    def __init__(self, run: Run, cells: Sequence[Cell]) -> None:
+        self.run = run
+        self._groups: dict[tuple[int, bool], Group] = {}
+        self._lanes: dict[tuple[int, SiteKind | None, range, int], Lane] = {}
+        self._of = [self._place(cell) for cell in cells]
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All of them, those of one group together, in the order of their tokens."""
+        return sorted(self._lanes.values(), key=lambda lane: (lane.group.position, lane.group.first, lane.enters))
+
+    def _place(self, cell: Cell) -> Lane | str:
+        """The lane of a cell, or which of the two runs it does not differ from."""
+        run, kind, layers = self.run, cell.kind, cell.layers
+        free = run.problem.put == "clean" and not run.problem.sever
+        state = {"embed": 0, "resid_pre": layers.start, "resid_post": layers.stop}.get(kind)
+        if kind == "resid_mid" and free:
+            state = layers.stop  # the MLP then gives its clean output
+        if free and state is None:  # an inner activation decides its sublayer's output
+            kind = _SUBLAYER.get(kind, kind)
+        enters = layers.start + 1 if state is None else state
+        if cell.position < run.start or (enters == run.lm.n_layers and cell.position < run.scored):
+            return "corrupted"
+        stays_clean = free and state is not None and cell.position == run.start
+        if stays_clean and cell.position == run.length - 1:
+            return "clean"
+        stays_clean = stays_clean and cell.position < run.scored
+        group = self._groups.setdefault(
+            (cell.position, stays_clean),
+            Group(run, cell.position, cell.position + int(stays_clean), stays_clean),
+        )
+        key = (cell.position, None, range(0), enters) if state is not None else (cell.position, kind, layers, enters)
+        return self._lanes.setdefault(key, Lane(group, key[1], key[2], enters))
+
+    def scores(self) -> Restored:
+        """The score of every cell."""
+        run, problem = self.run, self.run.problem
+        clean = problem.score(problem.answer_logits(run.clean.logits))
+        corrupted = problem.score.of_states(run.lm, run.hidden[:, run.hidden.shape[1] - problem.steps :])
+        same = {"clean": clean.expand(run.samples).to(corrupted.dtype), "corrupted": corrupted}
+        cells = [same[of] if isinstance(of, str) else of.score for of in self._of]
+        return Restored(clean=clean[0], corrupted=corrupted, cells=torch.stack(cells), engine="sweep")
+
+
+def budget(lm: LM, memory: int | None) -> int:
+    """Bytes that lanes may take: as asked for, or half of what is free."""
+    if memory is not None:
+        return memory
+    free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
+    return int(free) // 2
+
+
+def in_walks(lanes: Sequence[Lane], budget: int) -> list[list[Lane]]:
+    """The lanes in as few walks as the budget of bytes allows."""
+    walks: list[list[Lane]] = [[]]
+    used = 0
+    for lane in lanes:
+        size = lane.size() * lane.group.run.hidden.element_size()
+        if size > budget:
+            raise InputError(
+                f"One lane of the sweep takes {size / 2**20:.1f} MiB, but the budget is {budget / 2**20:.1f} MiB. "
+                "Give it more memory, or take fewer samples."
+            )
+        if used + size > budget:
+            walks.append([])
+            used = 0
+        walks[-1].append(lane)
+        used += size
+    return walks
