@@ -3,6 +3,7 @@
 # make lint    only the checks that run no code
 # make format  let ruff rewrite what it can
 # make figures make the figures of the README and the stored examples of the app
+# make benchmark  time the sweep against other tools; ARGS="--shapes gpt2-medium --rounds 3" says on what
 # make clean   remove what the above made
 #
 # PYTHON=python3.12      which Python makes .venv (3.10 or newer)
@@ -24,7 +25,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help app test lint format figures clean
+.PHONY: help app test lint format figures benchmark clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -63,6 +64,9 @@ figures: $(STAMP)
 	$(BIN)/workbench average --model organism-mid --every 17 --limit 100 --out results/average
 	cp results/average/average.png results/average/average.pdf docs/figures/
 	$(BIN)/python -m workbench.zoo.examples
+
+benchmark: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.sweep $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,139 @@
+"""What is measured of a computation: seconds, floating-point operations, memory; and what the machine can do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tests.benchmarks.shapes import Setup, build, pose
+from tests.benchmarks.ways import WAYS, passes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What a call returns, and its wall-clock seconds."""
+    _wait(device)
+    start = time.perf_counter()
+    result = call()
+    _wait(device)
+    return result, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flops(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and the floating-point operations of its matrix products and attention."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        result = call()
+    return result, counter.get_total_flops()
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""The one attention kernel that torch's counter does not know. Like the others it is counted without its causal mask."""
+
+
+def product_rate(d_model: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a plain (1024 x d) @ (d x 4d): the median of five."""
+    a = torch.randn(1024, d_model, device=device, dtype=dtype)
+    b = torch.randn(d_model, 4 * d_model, device=device, dtype=dtype)
+    a @ b
+    taken = statistics.median(timed(lambda: a @ b, device)[1] for _ in range(5))
+    return 2 * 1024 * d_model * 4 * d_model / taken
+
+
+def machine(device: str) -> str:
+    """Processor, number of threads, versions."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = found[0] if found else name
+    if device.startswith("cuda"):
+        name = f"{torch.cuda.get_device_name(device)}, {name}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+# --- work and memory of one way ---
+
+
+def costs(setup: Setup, way: str) -> dict[str, float]:
+    """FLOPs of the three maps; MB at most in use by this process while they are computed, and MB before that.
+
+    The sweep runs whole; the others, which keep nothing from one cell to the next, on a cell of each map.
+    """
+    lm = build(setup)
+    problem, cells = pose(lm, setup)
+    made = WAYS[way](lm, problem)
+    some = cells if way == "sweep" else cells[len(cells) // 6 :: len(cells) // 3]
+    on_gpu = lm.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _forget_peak()
+    before = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    _, counted = flops(lambda: made(some))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak()
+    share = passes(way, len(some), setup.samples) / passes(way, len(cells), setup.samples)
+    return {"flops": counted / share, "peak_mb": peak / 1e6, "before_mb": before / 1e6}
+
+
+def costs_apart(setup: Setup, way: str) -> dict[str, float]:
+    """The same in a fresh process, so that its memory is that of this way alone."""
+    question = json.dumps({"way": way, "threads": torch.get_num_threads(), "setup": asdict(setup)})
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.meters", question]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"The process that measures what {way} costs failed: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _forget_peak() -> None:
+    """Where the system allows it, what building the model took at most is no part of the peak."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Bytes of memory at most held by this process. Not by `getrusage`: there a process inherits its parent's peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _answer(question: Mapping[str, Any]) -> dict[str, float]:
+    torch.set_num_threads(question["threads"])
+    given = question["setup"]
+    return costs(Setup(**{**given, "subject": tuple(given["subject"])}), question["way"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.loads(sys.argv[1]))))
