@@ -35,6 +35,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     2: (
         "workbench.drawing",
         "workbench.export",
+        "workbench.gradients",
         "workbench.hooks",
         "workbench.jobs",
         "workbench.metrics",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from workbench.locators.attribution_patching import AttributionPatching
 from workbench.locators.base import Locator, locate
 from workbench.registry import discover
 
-__all__ = ["Locator", "all_locators", "locate"]
+__all__ = ["AttributionPatching", "Locator", "all_locators", "locate"]
 
 
 def all_locators() -> dict[str, type[Locator]]:
