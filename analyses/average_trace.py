@@ -34,6 +34,7 @@ def average_trace(
     known_only: bool = True,
     resamples: int = 2000,
     seed: int = 0,
+    memory: int | None = None,
 ) -> Result:
     """Traces every fact and averages.
 
@@ -45,6 +46,7 @@ def average_trace(
         known_only: leave out facts whose answer is not the model's most probable next token, as ROME does.
         resamples: bootstrap resamples of the facts.
         seed: of the bootstrap.
+        memory: bytes that tracing may take for intermediate states; None: half of what is free.
 
     Returns:
         See `average`; extras: `facts`, one row a fact traced.
@@ -52,9 +54,8 @@ def average_trace(
     Raises:
         FactError: no fact is left to average.
     """
-    return average(
-        locate(trace or CausalTrace(), lm, facts, store=store), known_only=known_only, resamples=resamples, seed=seed
-    )
+    traces = locate(trace or CausalTrace(), lm, facts, store=store, memory=memory)
+    return average(traces, known_only=known_only, resamples=resamples, seed=seed)
 
 
 def average(footprint: Footprint, *, known_only: bool = True, resamples: int = 2000, seed: int = 0) -> Result:

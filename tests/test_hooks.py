@@ -63,6 +63,24 @@ def test_a_block_adds_its_attention_and_its_mlp_to_the_residual(lm: LM) -> None:
         assert mlp.abs().max() > 0.01
 
 
+def test_writing_resid_mid_moves_the_mlps_input_and_the_residual_beside_it(lm: LM, family: str) -> None:
+    if lm.layout.parallel:
+        pytest.skip("a parallel block has no such site")
+    tokens = lm.encode([EIFFEL])
+    for layer in (0, 2):
+        site = Site(layer=layer, kind="resid_mid", token=3)
+        there = lambda x: 2 * x + 1  # noqa: E731
+        plain = run(lm, tokens, read=("resid_mid", "resid_pre", "attn_out"))
+        moved = run(lm, tokens, read=("resid_mid", "mlp_out", "resid_post", "attn_out"), write={site: there})
+        before, after = plain[f"L{layer}.resid_mid"], moved[f"L{layer}.resid_mid"]
+        torch.testing.assert_close(after[:, 3], there(before[:, 3]), rtol=1e-4, atol=1e-4)
+        others = [i for i in range(tokens.lengths[0]) if i != 3]
+        assert after[:, others].equal(before[:, others])
+        assert moved[f"L{layer}.attn_out"].equal(plain[f"L{layer}.attn_out"])
+        above = after + moved[f"L{layer}.mlp_out"]
+        torch.testing.assert_close(moved[f"L{layer}.resid_post"], above, rtol=1e-4, atol=1e-4)
+
+
 def test_resid_mid_lies_between_the_halves_and_parallel_blocks_have_none(lm: LM, family: str) -> None:
     tokens = lm.encode(FACTS)
     assert lm.layout.parallel == (family in PARALLEL)

@@ -42,6 +42,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.paper",
         "workbench.plots",
         "workbench.restoring",
+        "workbench.shortcuts",
         "workbench.sweep",
     ),
     3: ("workbench.checks", "workbench.moments", "workbench.noise", "workbench.store"),

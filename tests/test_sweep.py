@@ -146,9 +146,9 @@ def test_a_small_memory_takes_several_walks_for_the_same_map(family: str, monkey
     walks: list[int] = []
     walk = sweep._walk
 
-    def counted(lm: LM, at_work: Any, runs: Any, lanes: Any, layers: Any) -> None:
+    def counted(lm: LM, at_work: Any, runs: Any, lanes: Any, *others: Any) -> None:
         walks.append(len(lanes))
-        walk(lm, at_work, runs, lanes, layers)
+        walk(lm, at_work, runs, lanes, *others)
 
     monkeypatch.setattr(sweep, "_walk", counted)
     whole = restore_by_sweep(lm, [problem], [cells])[0]

@@ -33,6 +33,18 @@ Score = Annotated[
     typer.Option(help="What is measured at the end of the prompt."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many facts.")]
+Adaptive = Annotated[
+    float | None, typer.Option(help="Fewer samples where fewer do: standard error to reach, in parts of the largest effect.")
+]
+Tolerance = Annotated[
+    float | None, typer.Option(help="Drop runs that come this near to the corrupted one, in parts of their states' norm.")
+]
+Screen = Annotated[
+    float | None, typer.Option(help="Compute only this part of the cells, chosen by gradient, and estimate the others.")
+]
+Memory = Annotated[
+    str, typer.Option(help="Most that intermediate states may take, e.g. 500MB or 2GB. Default: half of what is free.")
+]
 FactsFile = Annotated[
     Path | None,
     typer.Option("--facts", help="JSON file of facts: known_1000, CounterFact, or the workbench's own format."),
@@ -93,6 +105,10 @@ def trace(
     sever: Annotated[
         Literal["none", "mlp_out", "attn_out"], typer.Option(help="Hold these outputs at their corrupted values.")
     ] = "none",
+    screen: Screen = None,
+    adaptive: Adaptive = None,
+    tolerance: Tolerance = None,
+    memory: Memory = "",
     figures: Annotated[
         str, typer.Option(help="Formats of the figure of each fact, comma-separated: pdf, svg, png.")
     ] = "pdf",
@@ -103,14 +119,16 @@ def trace(
     with _one_sentence():
         _check_writable(out)
         chosen = _chosen(prompt, subject, answer, facts, limit)
-        formats = _formats(figures)
-        lm, tracer = _prepare(model, chosen, device, dtype, window, noise, samples, seed, score, sever)
+        formats, budget = _formats(figures), _bytes(memory)
+        options = {"noise": noise, "samples": samples, "seed": seed, "score": score, "sever": sever}
+        shortcuts = {"screen": screen, "adaptive": adaptive, "tolerance": tolerance}
+        lm, tracer = _prepare(model, chosen, device, dtype, window, {**options, **shortcuts})
         from workbench import export, paper
         from workbench.locators import locate
         from workbench.store import Store
 
         with _progress(len(chosen)):
-            found = locate(tracer, lm, chosen, store=Store(folder=out))
+            found = locate(tracer, lm, chosen, store=Store(folder=out), memory=budget)
         for name in found.facts:
             row = found.extras["facts"].set_index("fact").loc[name]
             said = "" if row["correct"] else f" (the model says {row['said']!r})"
@@ -127,7 +145,7 @@ def trace(
         known = int(found.extras["facts"]["correct"].sum())
         typer.echo(f"\nThe model knows {known} of {len(found.facts)} facts.")
         found.extras["facts"].to_csv(out / "facts.csv", index=False)
-        typer.echo(f"\n{export.protocol_text(found)}\nWritten to {out}")
+        typer.echo(f"\n{export.protocol_text(found)}\n{export.throughput_text(found)}\nWritten to {out}")
 
 
 @app.command()
@@ -142,6 +160,10 @@ def average(
     samples: Samples = 10,
     seed: Seed = 1,
     score: Score = "p",
+    screen: Screen = None,
+    adaptive: Adaptive = None,
+    tolerance: Tolerance = None,
+    memory: Memory = "",
     figures: Annotated[str, typer.Option(help="Formats of the figure, comma-separated: pdf, svg, png.")] = "pdf,png",
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -153,14 +175,16 @@ def average(
         _check_writable(out)
         pool = read_facts(facts) if facts else _bundled_facts(model)
         chosen = pool[::every][:limit]
-        formats = _formats(figures)
-        lm, tracer = _prepare(model, chosen, device, dtype, window, noise, samples, seed, score, "none")
+        formats, budget = _formats(figures), _bytes(memory)
+        options = {"noise": noise, "samples": samples, "seed": seed, "score": score}
+        shortcuts = {"screen": screen, "adaptive": adaptive, "tolerance": tolerance}
+        lm, tracer = _prepare(model, chosen, device, dtype, window, {**options, **shortcuts})
         from analyses.average_trace import average_trace
         from workbench import export, paper
         from workbench.store import Store
 
         with _progress(len(chosen)):
-            result = average_trace(lm, chosen, trace=tracer, store=Store(folder=out / "traces"))
+            result = average_trace(lm, chosen, trace=tracer, store=Store(folder=out / "traces"), memory=budget)
         result.save(out / "average")
         planted = _planted(model)
         for form in formats:
@@ -172,7 +196,7 @@ def average(
                 f"{kind:10} peak {peak['value']:+.3f} [{peak['low']:+.3f}, {peak['high']:+.3f}] "
                 f"at layer {peak['layer']}, {peak['token']}"
             )
-        typer.echo(f"\n{export.protocol_text(result)}\nWritten to {out}")
+        typer.echo(f"\n{export.protocol_text(result)}\n{export.throughput_text(result)}\nWritten to {out}")
 
 
 # --- parts of the commands ---
@@ -203,18 +227,13 @@ def _prepare(
     device: str,
     dtype: str,
     window: int | None,
-    noise: str,
-    samples: int,
-    seed: int,
-    score: str,
-    sever: str,
+    options: dict[str, Any],
 ) -> tuple[Any, Any]:
     """The loaded model and the trace, with sigma_t from the bundled facts where the model is a bundled one."""
     from workbench.loading import load
     from workbench.locators.causal_trace import CausalTrace, default_window
 
-    options: dict[str, Any] = {"noise": noise, "samples": samples, "seed": seed, "score": score, "sever": sever}
-    if sever != "none":
+    if (sever := options.get("sever", "none")) != "none":
         options["kinds"] = tuple(kind for kind in CausalTrace.kinds if kind != sever)
     CausalTrace(window=10 if window is None else window, **options)  # bad options are told before the model is loaded
     lm = load(model, device=device, dtype=dtype)
@@ -237,6 +256,17 @@ def _formats(text: str) -> tuple[str, ...]:
     if unknown:
         raise FactError(f"Unknown figure format {', '.join(sorted(unknown))}. Use pdf, svg or png, comma-separated.")
     return formats
+
+
+def _bytes(text: str) -> int | None:
+    """A number of bytes, spelled with or without a unit; None for an empty text."""
+    if not text.strip():
+        return None
+    match = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"{text!r} is no size of memory. Write e.g. 500MB or 2GB.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
 def _file_name(fact_id: str) -> str:

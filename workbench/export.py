@@ -188,9 +188,22 @@ def protocol_of(run: Mapping[str, Any]) -> str:
     return " ".join(f"{sentence[:1].upper()}{sentence[1:]}." for sentence in sentences)
 
 
+def throughput_text(result: Result) -> str:
+    """How long it took and what memory, in a sentence."""
+    told = result.run["throughput"]
+    kept = len(result.run["facts"]) - told["facts"]
+    if not told["facts"]:
+        return "Nothing was computed: all facts were there already."
+    speed = f"{told['seconds'] / told['facts']:.2g} s a fact" if told["facts"] > 1 else f"{told['seconds']:.3g} s"
+    took = f", {told['seconds']:.0f} s in all" if told["facts"] > 1 else ""
+    return f"{told['facts']} facts computed" + (f", {kept} were there already" if kept else "") + (
+        f": {speed}{took}. Peak memory of the process {told['peak_memory_mib']} MiB."
+    )
+
+
 def without_times(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest without the moment of its making, so that equal runs give equal files."""
-    return {name: value for name, value in run.items() if name != "made"}
+    """The manifest without when it was made and how long that took, so that equal runs give equal files."""
+    return {name: value for name, value in run.items() if name not in ("made", "throughput")}
 
 
 # --- parts ---

@@ -77,6 +77,9 @@ class _Plan:
     shape: list[int] = field(default_factory=list)
     """Batch and positions of the pass that runs, noted at its embedding."""
 
+    entering: dict[int, Tensor] = field(default_factory=dict)
+    """By layer, what enters a block whose `resid_mid` is written."""
+
     stops: bool = False
     """Whether the pass ends where the first block would begin."""
 
@@ -337,19 +340,31 @@ class _Tap:
 
     def _through(self, plans: Sequence[_Plan], x: Tensor) -> Tensor:
         """What the plans make of `x`; `x` itself where none writes. Reads are noted."""
-        new = x
+        new, (layer, kind) = x, self.place
         for plan in plans:
-            writers = plan.writes.get(self.place, ())
-            if not writers and self.place not in plan.reads:
+            between = plan.writes.get((layer, "resid_mid"), ())
+            if kind == "resid_pre" and between:
+                plan.entering[layer] = new
+            # `resid_mid` is the MLP's input and the residual beside it, so it is written where both still are one: below.
+            writers = plan.writes.get(self.place, ()) if kind != "resid_mid" else ()
+            moved = between if kind == "attn_out" else ()
+            if not writers and not moved and self.place not in plan.reads:
                 continue
             flat = new.dim() == 2  # OPT's MLP sees all positions of all rows in one dimension
             here = new.view(*plan.shape, -1) if flat else new
             for writer in writers:
                 here = writer(here)
-            if writers:
-                new = here.reshape(x.shape).clone() if self.copy else here.reshape(x.shape)
             if self.place in plan.reads:
                 plan.found[self.place] = here.clone() if self.copy else here
+            if moved:
+                middle = plan.entering[layer] + here
+                written = middle
+                for writer in moved:
+                    written = writer(written)
+                # What is not written stays bit for bit, and a zero that is written becomes one.
+                here = torch.where(written == middle, here, written - plan.entering[layer])
+            if writers or moved:
+                new = here.reshape(x.shape).clone() if self.copy else here.reshape(x.shape)
         return new
 
 

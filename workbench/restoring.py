@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.hooks import Activations, Write, run
@@ -116,6 +116,12 @@ class Restored:
 
     engine: str
     """What computed them, in words for the manifest."""
+
+    taken: Bool[Tensor, "cell sample"] | None = None
+    """Which of `cells` were computed; None: all. The others are NaN, see `workbench.shortcuts`."""
+
+    estimated: Bool[Tensor, " cell"] | None = None
+    """Which cells are estimates; None: none of them."""
 
 
 def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Restored:

@@ -26,6 +26,7 @@ from workbench.models import LM, Tokens
 from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
 from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
 from workbench.results import Footprint
+from workbench.shortcuts import restore_until_sure
 from workbench.sites import KINDS, Role, Site, SiteKind, window
 from workbench.sweep import restore_by_sweep, sweepable
 
@@ -113,6 +114,14 @@ class CausalTrace(Locator):
     engine: Literal["sweep", "loop"] = "sweep"
     """`sweep` computes the whole map in one pass over the layers; `loop`, the reference it is tested against, cell by cell."""
 
+    adaptive: float | None = None
+    """Not exact: stop sampling a cell once its standard error is this part of the map's largest effect, e.g. 0.02; looked at after
+    every few samples. None: every cell gets all samples."""
+
+    tolerance: float | None = None
+    """Not exact: a restored run whose states come this near to the corrupted run's, in parts of their norm, counts as equal to it,
+    e.g. 0.001. None: every run goes to the top."""
+
     def __post_init__(self) -> None:
         Locator.__post_init__(self)
         if not 1 <= self.samples <= MOST_SAMPLES:
@@ -125,6 +134,12 @@ class CausalTrace(Locator):
             raise FactError(
                 f"{self.sever} cannot be severed and restored at once. Trace resid_post, or sever the other one."
             )
+        for name in ("adaptive", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise FactError(f"{name} is {value!r}, expected a part between 0 and 1, or None.")
+            if value is not None and self.engine == "loop":
+                raise FactError(f"The loop is exact and takes no {name}. Use the sweep, or leave it out.")
         window(0, self.window, 1)
         Noise.parse(self.noise)
 
@@ -169,18 +184,27 @@ class CausalTrace(Locator):
         """The scores of each experiment's cells."""
         problems, cells = [one.problem for one in experiments], [one.cells for one in experiments]
         why_not = "asked for" if self.engine == "loop" else sweepable(lm, problems[0], cells[0])
-        if not why_not:
-            return restore_by_sweep(lm, problems, cells, memory=memory)
+        if not why_not and self.adaptive is None:
+            return restore_by_sweep(lm, problems, cells, memory=memory, tolerance=self.tolerance)
+        if not why_not and self.adaptive is not None:
+            return [self._until_sure(lm, one, memory, self.adaptive) for one in experiments]
         found = [restore_by_loop(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True)]
         return [replace(one, engine=f"loop: {why_not}") for one in found]
+
+    def _until_sure(self, lm: LM, experiment: Experiment, memory: int | None, target: float) -> Restored:
+        def restore(problem: Restoration, cells: Sequence[Cell]) -> Restored:
+            return restore_by_sweep(lm, [problem], [cells], memory=memory, tolerance=self.tolerance)[0]
+
+        return restore_until_sure(restore, experiment.problem, experiment.cells, target=target)
 
     def _footprint(self, lm: LM, experiment: Experiment, restored: Restored) -> Footprint:
         """What the scores of an experiment say about this trace's kinds."""
         fact, answer, problem = experiment.fact, experiment.answer, experiment.problem
         mine = [i for i, cell in enumerate(experiment.cells) if cell.kind in self.kinds]
-        scores = restored.cells.cpu().double().numpy()[mine]
-        low, clean = restored.corrupted.cpu().double().numpy(), float(restored.clean)
-        if not (np.isfinite(scores).all() and np.isfinite(low).all()):
+        scores, low = (x.cpu().double().numpy() for x in (restored.cells[mine], restored.corrupted))
+        taken = np.ones_like(scores, dtype=bool) if restored.taken is None else restored.taken[mine].cpu().numpy()
+        clean = float(restored.clean)
+        if not (np.isfinite(scores[taken]).all() and np.isfinite(low).all()):
             raise FactError(
                 f"The corrupted run of {fact.text!r} gives no number in {str(lm.dtype).removeprefix('torch.')}. "
                 "Use less noise, or float32."
@@ -292,9 +316,9 @@ class CausalTrace(Locator):
                 "token": [roles[cell.position] for cell in cells],
                 "position": [cell.position for cell in cells],
                 "text": [texts[cell.position] for cell in cells],
-                "value": effects.mean(1),
+                "value": np.nanmean(effects, 1),
                 "se": _standard_error(effects),
-                "score": scores.mean(1),
+                "score": np.nanmean(scores, 1),
             }
         )
         n = scores.shape[1]
@@ -307,7 +331,7 @@ class CausalTrace(Locator):
                 "corrupted": np.tile(low, len(cells)),
             }
         )
-        return table, samples
+        return table, samples.dropna(subset="score", ignore_index=True)
 
 
 def default_window(n_layers: int) -> int:
@@ -350,6 +374,8 @@ def _swapped(lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, 
 
 
 def _standard_error(x: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the last axis; NaN for a single sample."""
-    n = x.shape[-1]
-    return x.std(-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(x.shape[:-1], np.nan)
+    """Standard error of the mean over the last axis, NaN left out; NaN for a single sample."""
+    n = np.isfinite(x).sum(-1)
+    several = np.where(n > 1, n, 2)
+    squares = np.nansum((x - np.nanmean(x, -1, keepdims=True)) ** 2, -1)
+    return np.where(n > 1, np.sqrt(squares / (several - 1) / several), np.nan)

@@ -56,7 +56,12 @@ def sweepable(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> str:
 
 
 def restore_by_sweep(
-    lm: LM, problems: Sequence[Restoration], cells: Sequence[Sequence[Cell]], *, memory: int | None = None
+    lm: LM,
+    problems: Sequence[Restoration],
+    cells: Sequence[Sequence[Cell]],
+    *,
+    memory: int | None = None,
+    tolerance: float | None = None,
 ) -> list[Restored]:
     """The scores of every cell of every problem for every noise sample, as `restore_by_loop` gives them.
 
@@ -68,6 +73,8 @@ def restore_by_sweep(
         cells: for each of them, what to restore.
         memory: bytes that the lanes' states may take; where they need more, the cells are computed in several walks. None: half of
             what is free.
+        tolerance: not exact: a lane whose states differ from the corrupted run's by less than this part of their norm, in every
+            token and sample, is not carried further; its cells get the corrupted run's score. None: every lane goes to the top.
 
     Raises:
         InputError: not even one lane fits into the memory.
@@ -75,11 +82,11 @@ def restore_by_sweep(
     with torch.inference_mode():
         why_not = no_pieces(lm) or _not_in_pieces(problems, cells)
         if not why_not:
-            found, error = _restore(lm, problems, cells, memory, InPieces)
+            found, error = _restore(lm, problems, cells, memory, tolerance, InPieces)
             if error <= _TOLERANCE[lm.dtype]:
                 return found
             why_not = f"in pieces they differ by {error:.1e} of their output from the model's own"
-        found, _ = _restore(lm, problems, cells, memory, Whole)
+        found, _ = _restore(lm, problems, cells, memory, tolerance, Whole)
     return [replace(one, engine=f"sweep, whole blocks: {why_not}") for one in found]
 
 
@@ -102,6 +109,7 @@ def _restore(
     problems: Sequence[Restoration],
     cells: Sequence[Sequence[Cell]],
     memory: int | None,
+    tolerance: float | None,
     engine: type[Engine],
 ) -> tuple[list[Restored], float]:
     """What `restore_by_sweep` gives, and by how much the engine's clean run differs from the model's."""
@@ -113,13 +121,20 @@ def _restore(
     for lanes in walks:
         for run in runs:
             run.begin()
-        _walk(lm, at_work, runs, lanes, layers)
+        _walk(lm, at_work, runs, lanes, layers, tolerance)
     next(layers, None)  # so that the progress says all
     found = [plan.scores() for plan in plans]
     return found, at_work.error()
 
 
-def _walk(lm: LM, engine: Engine, runs: Sequence[Run], lanes: Sequence[Lane], layers: Iterator[int]) -> None:
+def _walk(
+    lm: LM,
+    engine: Engine,
+    runs: Sequence[Run],
+    lanes: Sequence[Lane],
+    layers: Iterator[int],
+    tolerance: float | None,
+) -> None:
     """Takes the clean and corrupted runs and some lanes up all layers."""
     forks = set_leaders(lanes)
     for lane in lanes:
@@ -140,9 +155,18 @@ def _walk(lm: LM, engine: Engine, runs: Sequence[Run], lanes: Sequence[Lane], la
             lane.board(restored.get(lane))
         for lane in forks.get(layer + 1, ()):
             lane.fork()
+        if tolerance is not None and layer + 1 < lm.n_layers:
+            for lane in lanes:
+                if lane.aboard and lane.decayed(layer + 1, tolerance):
+                    lane.drop()
     for run in runs:
-        mine = [lane for lane in lanes if lane.group.run is run]
+        mine = [lane for lane in lanes if lane.aboard and lane.group.run is run]
         if mine:
             scores = run.problem.score.of_states(lm, torch.cat([lane.state for lane in mine]))
             for lane, score in zip(mine, scores.split(run.samples), strict=True):
                 lane.leave(score)
+        dropped = [lane for lane in lanes if lane.dropped and lane.group.run is run]
+        if dropped:
+            low = run.low()
+            for lane in dropped:
+                lane.score = low

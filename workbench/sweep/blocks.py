@@ -215,8 +215,9 @@ class Pieces:
         if mask is not None:
             scores = scores.unflatten(2, (-1, queries)).add_(mask).flatten(2, 3)
         kept = scores if scores.dtype == torch.float64 else scores.float()
-        z = kept.softmax(-1).to(v.dtype) @ v.transpose(1, 2)
-        return z.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).reshape(batch, queries, -1)
+        z: Tensor = kept.softmax(-1).to(v.dtype) @ v.transpose(1, 2)
+        z = z.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)
+        return z.reshape(batch, queries, self.n_heads * self.d_head)
 
     def out(self, z: Float[Tensor, "row width"]) -> Float[Tensor, "row d_model"]:
         """What attention adds to the residual."""

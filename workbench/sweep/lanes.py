@@ -29,10 +29,13 @@ class Run:
         self.lm, self.problem = lm, problem
         top = Site(layer=lm.n_layers - 1, kind="resid_post")
         self.clean, self.calls = capture_calls(lm, problem.clean, read=["resid_pre", top, *outputs])
-        self.start = min(problem.first_changed(), len(self.clean.logits[0]))
         self.length = problem.clean.ids.shape[1]
         self.scored = self.length - problem.steps
         """The first token whose logits are needed."""
+
+        self.start = min(problem.first_changed(), self.scored)
+        """The first token carried in the corrupted rows."""
+
         self._below: Tensor = run_below(lm, problem.corrupted, write=problem.corruption())[:, self.start :]
         self.samples = len(self._below)
         self.layer = 0
@@ -45,6 +48,10 @@ class Run:
     def rise(self) -> None:
         """To the next layer: what the engine put into `above` is what enters it."""
         self.layer, self.hidden = self.layer + 1, self.above
+
+    def low(self) -> Tensor:
+        """The corrupted run's score (sample,), once the walk is at the top."""
+        return self.problem.score.of_states(self.lm, self.hidden[:, -self.problem.steps :])
 
     def clean_state(self, layer: int) -> Tensor:
         """The clean states (pos, d_model) that enter a layer, or leave the last one."""
@@ -112,6 +119,9 @@ class Lane:
     fresh: bool = False
     """Whether only the restored token differs from the corrupted run."""
 
+    dropped: bool = False
+    """Whether it was given up, as it hardly differed from the corrupted run."""
+
     score: Tensor = field(default_factory=lambda: torch.empty(0))
     """(sample,), when it is done."""
 
@@ -148,6 +158,18 @@ class Lane:
     def leave(self, score: Tensor) -> None:
         """Ends the walk with its score."""
         self.score, self.state, self.aboard = score, torch.empty(0), False
+
+    def decayed(self, layer: int, tolerance: float) -> bool:
+        """Whether nothing will be put in place any more and the states that enter a layer are the corrupted run's, but for a
+        small part of their norm."""
+        if self.group.clean_prefix or layer < self.layers.stop:
+            return False
+        corrupted = self.group.run.hidden[:, -self.state.shape[1] :]
+        return bool(((self.state - corrupted).norm(dim=-1) <= tolerance * corrupted.norm(dim=-1)).all())
+
+    def drop(self) -> None:
+        """Ends the walk early."""
+        self.state, self.aboard, self.dropped = torch.empty(0), False, True
 
     def inside(self, layer: int) -> bool:
         """Whether its output is put in place at this layer."""
@@ -210,7 +232,7 @@ class Plan:
         """The score of every cell."""
         run, problem = self.run, self.run.problem
         clean = problem.score(problem.answer_logits(run.clean.logits))
-        corrupted = problem.score.of_states(run.lm, run.hidden[:, run.hidden.shape[1] - problem.steps :])
+        corrupted = run.low()
         same = {"clean": clean.expand(run.samples).to(corrupted.dtype), "corrupted": corrupted}
         cells = [same[of] if isinstance(of, str) else of.score for of in self._of]
         return Restored(clean=clean[0], corrupted=corrupted, cells=torch.stack(cells), engine="sweep")
