@@ -115,7 +115,7 @@ def look(lm: LM, fact: Fact, *, k: int = 8) -> Look:
         ModelError: the prompt is too long, or the tokenizer does not keep subject or answer apart.
     """
     from workbench.hooks import run
-    from workbench.locators.causal_trace import find_answer
+    from workbench.locators.tracing import find_answer
     from workbench.metrics import top_tokens
 
     tokens = lm.encode([fact])
@@ -167,7 +167,7 @@ def lens_at(lm: LM, fact: Fact, *, site: Site, k: int = 8) -> Lens:
     For `attn_out` and `mlp_out` it reads that layer's own addition alone, whatever window the map used.
     """
     from workbench.hooks import run
-    from workbench.locators.causal_trace import find_answer
+    from workbench.locators.tracing import find_answer
     from workbench.metrics import lens_logits, top_tokens
 
     clean = run(lm, lm.encode([fact]), read=(site,))

@@ -8,16 +8,17 @@ estimate puts on top were computed exactly (`CausalTrace`, arXiv 2202.05262, is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from workbench.facts import Fact
+from workbench.facts import Fact, FactError
 from workbench.gradients import At
 from workbench.locators import AttributionPatching, locate
 from workbench.locators.causal_trace import CausalTrace
+from workbench.locators.tracing import Tracing
 from workbench.models import LM
 from workbench.results import Footprint, Result
 from workbench.store import Store
@@ -64,7 +65,10 @@ def screening(
         FactError: no facts, or a trace that has no estimate: of a rank, or with a severed path.
     """
     trace = (trace or CausalTrace()).resolved(lm, facts)
-    shared = {f.name: getattr(trace, f.name) for f in fields(CausalTrace) if f.name != "engine"}
+    if trace.sever != "none":
+        raise FactError(f"{trace.sever} is severed, and a severed trace has no estimate. Leave out sever.")
+    trace = replace(trace, screen=None, adaptive=None, tolerance=None)
+    shared = {f.name: getattr(trace, f.name) for f in fields(Tracing)}
     gradients = [AttributionPatching(**shared, at=at, steps=steps) for at, steps in estimates]
     exact = locate(trace, lm, facts, store=store)
     each = pd.concat(

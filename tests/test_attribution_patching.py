@@ -195,7 +195,6 @@ def test_weights_that_want_no_gradient_serve_and_get_none() -> None:
     ("settings", "says"),
     [
         ({"score": "rank"}, "score is 'rank', expected one of p, p_target, logp, logit_diff, kl"),
-        ({"sever": "mlp_out"}, "sever is 'mlp_out', expected one of none"),
         ({"steps": 0}, "expected 1 to 1000"),
         ({"steps": 10**6}, "expected 1 to 1000"),
         ({"steps": 1.5}, "whole number"),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tests.examples import EIFFEL, FACTS, SAID, TURNED, ZURICH, fresh_lm, tiny_lm
 from workbench.facts import Fact, FactError
 from workbench.hooks import run
-from workbench.locators.causal_trace import CausalTrace, default_window
+from workbench.locators.causal_trace import CausalTrace
+from workbench.locators.tracing import default_window
 from workbench.metrics import Answer, ScoreKind, score
 from workbench.models import LM, ModelError
 from workbench.noise import Noise, NoiseError, draw, subject_sigma

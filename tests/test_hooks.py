@@ -69,11 +69,12 @@ def test_writing_resid_mid_moves_the_mlps_input_and_the_residual_beside_it(lm: L
     tokens = lm.encode([EIFFEL])
     for layer in (0, 2):
         site = Site(layer=layer, kind="resid_mid", token=3)
-        there = lambda x: 2 * x + 1  # noqa: E731
         plain = run(lm, tokens, read=("resid_mid", "resid_pre", "attn_out"))
-        moved = run(lm, tokens, read=("resid_mid", "mlp_out", "resid_post", "attn_out"), write={site: there})
+        moved = run(
+            lm, tokens, read=("resid_mid", "mlp_out", "resid_post", "attn_out"), write={site: lambda x: 2 * x + 1}
+        )
         before, after = plain[f"L{layer}.resid_mid"], moved[f"L{layer}.resid_mid"]
-        torch.testing.assert_close(after[:, 3], there(before[:, 3]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after[:, 3], 2 * before[:, 3] + 1, rtol=1e-4, atol=1e-4)
         others = [i for i in range(tokens.lengths[0]) if i != 3]
         assert after[:, others].equal(before[:, others])
         assert moved[f"L{layer}.attn_out"].equal(plain[f"L{layer}.attn_out"])

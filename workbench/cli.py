@@ -34,10 +34,12 @@ Score = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many facts.")]
 Adaptive = Annotated[
-    float | None, typer.Option(help="Fewer samples where fewer do: standard error to reach, in parts of the largest effect.")
+    float | None,
+    typer.Option(help="Fewer samples where fewer do: standard error to reach, in parts of the largest effect."),
 ]
 Tolerance = Annotated[
-    float | None, typer.Option(help="Drop runs that come this near to the corrupted one, in parts of their states' norm.")
+    float | None,
+    typer.Option(help="Drop runs that come this near to the corrupted one, in parts of their states' norm."),
 ]
 Screen = Annotated[
     float | None, typer.Option(help="Compute only this part of the cells, chosen by gradient, and estimate the others.")
@@ -231,7 +233,8 @@ def _prepare(
 ) -> tuple[Any, Any]:
     """The loaded model and the trace, with sigma_t from the bundled facts where the model is a bundled one."""
     from workbench.loading import load
-    from workbench.locators.causal_trace import CausalTrace, default_window
+    from workbench.locators.causal_trace import CausalTrace
+    from workbench.locators.tracing import default_window
 
     if (sever := options.get("sever", "none")) != "none":
         options["kinds"] = tuple(kind for kind in CausalTrace.kinds if kind != sever)

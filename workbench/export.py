@@ -196,8 +196,10 @@ def throughput_text(result: Result) -> str:
         return "Nothing was computed: all facts were there already."
     speed = f"{told['seconds'] / told['facts']:.2g} s a fact" if told["facts"] > 1 else f"{told['seconds']:.3g} s"
     took = f", {told['seconds']:.0f} s in all" if told["facts"] > 1 else ""
-    return f"{told['facts']} facts computed" + (f", {kept} were there already" if kept else "") + (
-        f": {speed}{took}. Peak memory of the process {told['peak_memory_mib']} MiB."
+    return (
+        f"{told['facts']} facts computed"
+        + (f", {kept} were there already" if kept else "")
+        + (f": {speed}{took}. Peak memory of the process {told['peak_memory_mib']} MiB.")
     )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from workbench.facts import FactError
 from workbench.gradients import At, restore_by_gradient
-from workbench.locators.causal_trace import CausalTrace, Experiment
+from workbench.locators.tracing import Experiment, Tracing
 from workbench.models import LM
 from workbench.restoring import Restored
 
@@ -26,7 +26,7 @@ MOST_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributionPatching(CausalTrace):
+class AttributionPatching(Tracing):
     """The causal trace's maps, estimated from gradients. Values are estimated indirect effects, `score` is that above the baseline.
 
     So `score` may leave the range of the score itself, e.g. be a "probability" below 0.
@@ -42,14 +42,8 @@ class AttributionPatching(CausalTrace):
     score: SmoothScore = "p"
     """What is measured at the end of the prompt, see `workbench.metrics`. A rank has no derivative."""
 
-    sever: Literal["none"] = "none"
-    """Nothing can be severed: a gradient runs through all tokens at once, and a severed path is cut at one of them."""
-
-    engine: Literal["gradient"] = "gradient"  # type: ignore[assignment]  # the only one that estimates
-    """How the maps are computed: all of them from the same gradients."""
-
     def __post_init__(self) -> None:
-        CausalTrace.__post_init__(self)
+        Tracing.__post_init__(self)
         if not 1 <= self.steps <= MOST_STEPS:
             raise FactError(f"{self.steps} steps were asked for, expected 1 to {MOST_STEPS}.")
 

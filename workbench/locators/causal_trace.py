@@ -14,105 +14,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-import pandas as pd
-import torch
-
-from workbench.facts import Fact, FactError
-from workbench.hooks import Activations, run
-from workbench.locators.base import Locator
-from workbench.metrics import Answer, Score, ScoreKind
-from workbench.models import LM, Tokens
-from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
+from workbench.facts import FactError
+from workbench.locators.tracing import Experiment, Tracing
+from workbench.models import LM
 from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
-from workbench.results import Footprint
-from workbench.shortcuts import restore_until_sure
-from workbench.sites import KINDS, Role, Site, SiteKind, window
+from workbench.shortcuts import restore_screened, restore_until_sure
+from workbench.sites import SiteKind
 from workbench.sweep import restore_by_sweep, sweepable
-
-MOST_SAMPLES = 10_000
-"""More noise samples than anybody needs; a slip of the keyboard should not fill the memory."""
-
 
 FACTS_AT_ONCE = 8
 """How many facts are swept together on a GPU."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Experiment:
-    """What is run for one fact."""
-
-    fact: Fact
-    """The fact."""
-
-    problem: Restoration
-    """Its clean and corrupted runs."""
-
-    cells: list[Cell]
-    """What is restored."""
-
-    answer: Answer
-    """What is scored, with its foil."""
-
-    sigma: float | None
-    """The noise's number; None without noise."""
-
-    said: int
-    """The token that the model itself says."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class CausalTrace(Locator):
+class CausalTrace(Tracing):
     """ROME's causal trace. Values are indirect effects: score with the cell restored minus score of the corrupted run.
 
     For `rank` and `kl`, where lower is better, the sign is turned, so that positive always means towards the clean run.
     """
 
-    kinds: tuple[SiteKind, ...] = ("resid_post", "mlp_out", "attn_out")
-    """The maps: which outputs are restored."""
-
-    window: int = 10
-    """How many layers of `mlp_out` and `attn_out` are restored together; other kinds are restored one layer at a time. ROME uses
-    10 for models of 28 to 48 layers; `default_window` proposes one for smaller models."""
-
-    window_rule: Literal["rome", "paper"] = "rome"
-    """Which side of an even window has one layer more: ROME's code says below, its paper says above."""
-
-    corrupt: Literal["noise", "swap"] = "noise"
-    """`noise` on the subject's embeddings, or `swap` the subject for another of equal length (Zhang & Nanda, arXiv 2309.16042)."""
-
-    noise: str | float = "s3"
-    """Noise grammar of `workbench.noise`: s3, 0.1, u0.1, us3, m, t5."""
-
-    sigma_from: Literal["subjects", "prompt"] = "subjects"
-    """Where sigma_t of `s` and `us` comes from: all subjects of the facts given, as ROME does, or each prompt's own subject."""
-
-    sigma_note: str = ""
-    """Filled in when sigma_t is known: from what it was computed."""
-
-    samples: int = 10
-    """Noise samples of every cell."""
-
-    seed: int = 1
-    """Seed of the noise. Every cell of a fact, and every fact of equal subject length, gets the same draws."""
-
-    replace: bool = False
-    """Put the noise in the place of the embeddings instead of adding it; the corrupted baseline too."""
-
-    substitutes: tuple[str, ...] = ()
-    """For `swap`: subjects to choose from; empty: the other facts' subjects. The first of equal token length is taken."""
-
     sever: Literal["none", "mlp_out", "attn_out"] = "none"
     """Hold these outputs at their corrupted values at the restored token in all layers (severed paths, sec. 2.2)."""
 
-    score: ScoreKind = "p"
-    """What is measured at the end of the prompt, see `workbench.metrics`."""
-
-    token: Role | None = None
-    """Restore only at tokens of this role (e.g. `subject_last` for a severed trace); None: at every token."""
-
     engine: Literal["sweep", "loop"] = "sweep"
     """`sweep` computes the whole map in one pass over the layers; `loop`, the reference it is tested against, cell by cell."""
+
+    screen: float | None = None
+    """Not exact everywhere: of each map only this part of the cells is computed at first, e.g. 0.1, those that the gradient ranks
+    highest, then more while effects above 2.5 % of the total turn up. The others are marked as estimates. None: all cells."""
+
+    screen_more: bool = True
+    """Whether a screened map goes on after its first part."""
 
     adaptive: float | None = None
     """Not exact: stop sampling a cell once its standard error is this part of the map's largest effect, e.g. 0.02; looked at after
@@ -123,259 +55,49 @@ class CausalTrace(Locator):
     e.g. 0.001. None: every run goes to the top."""
 
     def __post_init__(self) -> None:
-        Locator.__post_init__(self)
-        if not 1 <= self.samples <= MOST_SAMPLES:
-            raise FactError(f"{self.samples} noise samples were asked for, expected 1 to {MOST_SAMPLES}.")
-        if not 0 <= self.seed < 2**32:
-            raise FactError(f"The seed is {self.seed}, expected 0 to {2**32 - 1}.")
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(KINDS):
-            raise FactError(f"kinds is {self.kinds!r}, expected one or several different ones of {', '.join(KINDS)}.")
+        Tracing.__post_init__(self)
         if self.sever in self.kinds:
             raise FactError(
                 f"{self.sever} cannot be severed and restored at once. Trace resid_post, or sever the other one."
             )
-        for name in ("adaptive", "tolerance"):
+        for name in ("screen", "adaptive", "tolerance"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise FactError(f"{name} is {value!r}, expected a part between 0 and 1, or None.")
             if value is not None and self.engine == "loop":
                 raise FactError(f"The loop is exact and takes no {name}. Use the sweep, or leave it out.")
-        window(0, self.window, 1)
-        Noise.parse(self.noise)
-
-    def resolved(self, lm: LM, facts: Sequence[Fact]) -> CausalTrace:
-        """With sigma_t of the facts' subjects put in, and substitutes to choose from."""
-        for kind in self.kinds:
-            lm.sites(kind)
-        if self.corrupt == "swap":
-            return replace(self, substitutes=self.substitutes or tuple(sorted({fact.subject for fact in facts})))
-        noise = Noise.parse(self.noise)
-        if not noise.relative or self.sigma_from == "prompt":
-            return self
-        sigma_t = subject_sigma(lm, [fact.subject for fact in facts])
-        source = "1 fact's subject" if len(facts) == 1 else f"{len(facts)} facts' subjects"
-        return replace(
-            self,
-            noise=str(noise.absolute(sigma_t)),
-            sigma_note=self.sigma_note or f"{self.noise}: sigma_t = {sigma_t:.4g} of {source}",
-        )
-
-    def parts(self) -> tuple[CausalTrace, ...]:
-        """One trace for each kind."""
-        return tuple(replace(self, kinds=(kind,)) for kind in self.kinds)
+        if self.screen is not None and self.adaptive is not None:
+            raise FactError("Both screen and adaptive were given. Give one of them.")
+        if self.screen is not None and (self.score == "rank" or self.sever != "none"):
+            what = "A rank has no gradient" if self.score == "rank" else "A severed path has no gradient of its own"
+            raise FactError(f"{what}, so there is nothing to screen by. Leave out screen.")
 
     def facts_at_once(self, lm: LM) -> int:
         """Several on a GPU, where one fact's matrices are small; on a CPU one at a time is faster."""
         return FACTS_AT_ONCE if lm.device.type == "cuda" else 1
 
-    def locate_together(
-        self, lm: LM, pieces: Sequence[tuple[Fact, CausalTrace]], *, memory: int | None = None
-    ) -> list[Footprint]:
-        """The maps of some facts; all kinds of all of them in one sweep."""
-        asked: dict[Fact, list[SiteKind]] = {}
-        for fact, part in pieces:
-            asked.setdefault(fact, []).extend(part.kinds)
-        traced = [replace(self, kinds=tuple(kinds))._experiment(lm, fact) for fact, kinds in asked.items()]
-        restored = dict(zip(asked, self._restored(lm, traced, memory), strict=True))
-        experiments = dict(zip(asked, traced, strict=True))
-        return [part._footprint(lm, experiments[fact], restored[fact]) for fact, part in pieces]
-
     def _restored(self, lm: LM, experiments: Sequence[Experiment], memory: int | None) -> list[Restored]:
-        """The scores of each experiment's cells."""
         problems, cells = [one.problem for one in experiments], [one.cells for one in experiments]
         why_not = "asked for" if self.engine == "loop" else sweepable(lm, problems[0], cells[0])
-        if not why_not and self.adaptive is None:
+        if why_not:
+            found = [restore_by_loop(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True)]
+            return [replace(one, engine=f"loop: {why_not}") for one in found]
+        if self.screen is None and self.adaptive is None:
             return restore_by_sweep(lm, problems, cells, memory=memory, tolerance=self.tolerance)
-        if not why_not and self.adaptive is not None:
-            return [self._until_sure(lm, one, memory, self.adaptive) for one in experiments]
-        found = [restore_by_loop(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True)]
-        return [replace(one, engine=f"loop: {why_not}") for one in found]
+        return [self._shortened(lm, one, memory) for one in experiments]
 
-    def _until_sure(self, lm: LM, experiment: Experiment, memory: int | None, target: float) -> Restored:
+    def _shortened(self, lm: LM, experiment: Experiment, memory: int | None) -> Restored:
+        """One experiment with the shortcut that was asked for."""
+
         def restore(problem: Restoration, cells: Sequence[Cell]) -> Restored:
             return restore_by_sweep(lm, [problem], [cells], memory=memory, tolerance=self.tolerance)[0]
 
-        return restore_until_sure(restore, experiment.problem, experiment.cells, target=target)
-
-    def _footprint(self, lm: LM, experiment: Experiment, restored: Restored) -> Footprint:
-        """What the scores of an experiment say about this trace's kinds."""
-        fact, answer, problem = experiment.fact, experiment.answer, experiment.problem
-        mine = [i for i, cell in enumerate(experiment.cells) if cell.kind in self.kinds]
-        scores, low = (x.cpu().double().numpy() for x in (restored.cells[mine], restored.corrupted))
-        taken = np.ones_like(scores, dtype=bool) if restored.taken is None else restored.taken[mine].cpu().numpy()
-        clean = float(restored.clean)
-        if not (np.isfinite(scores[taken]).all() and np.isfinite(low).all()):
-            raise FactError(
-                f"The corrupted run of {fact.text!r} gives no number in {str(lm.dtype).removeprefix('torch.')}. "
-                "Use less noise, or float32."
-            )
-        table, samples = self._tables(fact, problem.clean, [experiment.cells[i] for i in mine], scores, low)
-        row = {
-            "fact": fact.id,
-            "prompt": fact.text,
-            "subject": fact.subject,
-            "answer": answer.text,
-            "answer_ids": " ".join(map(str, answer.ids)),
-            "foil": answer.foil_text,
-            "said": lm.word(experiment.said).strip(),
-            "correct": experiment.said == answer.ids[0],
-            "clean": clean,
-            "corrupted": low.mean(),
-            "corrupted_se": _standard_error(low[None])[0],
-            "total_effect": self._sign * (clean - low.mean()),
-            "sigma": np.nan if experiment.sigma is None else experiment.sigma,
-            "corrupted_prompt": "" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
-        }
-        return Footprint(
-            table=table,
-            run=self._manifest(lm, fact, sigma=experiment.sigma, unit=self._unit, engine=restored.engine),
-            extras={"facts": pd.DataFrame([row]), "samples": samples},
-        )
+        problem, cells = experiment.problem, experiment.cells
+        if self.adaptive is not None:
+            return restore_until_sure(restore, problem, cells, target=self.adaptive)
+        assert self.screen is not None
+        return restore_screened(lm, restore, problem, cells, share=self.screen, more=self.screen_more)
 
     @property
-    def _unit(self) -> str:
-        return f"indirect effect in {self.score}"
-
-    @property
-    def _sign(self) -> int:
-        return -1 if self.score in ("rank", "kl") else 1
-
-    def _experiment(self, lm: LM, fact: Fact) -> Experiment:
-        """What is run for a fact."""
-        clean = run(lm, lm.encode([fact]))
-        answer = find_answer(lm, fact, clean)
-        whole = (answer.text,) if self.score in ("p_target", "logp") and len(answer.ids) > 1 else None
-        tokens = lm.encode([fact], targets=whole)
-        noise, sigma, spans = None, None, tokens.spans[0]
-        assert spans is not None  # a Fact always has a subject
-        if self.corrupt == "noise":
-            parsed = Noise.parse(self.noise)
-            if parsed.relative:
-                parsed = parsed.absolute(prompt_sigma(lm, tokens.ids[0, spans[0] : spans[1]].tolist()))
-            sigma = parsed.number
-            noise = torch.zeros(self.samples, tokens.ids.shape[1], lm.d_model, dtype=torch.float64)
-            noise[:, spans[0] : spans[1]] = draw(
-                lm, parsed, samples=self.samples, tokens=spans[1] - spans[0], seed=self.seed
-            )
-            noise = noise.to(lm.device, lm.dtype)
-            corrupted = tokens.repeat(self.samples)
-            foil_logits = clean.last_logits[0]
-        else:
-            corrupted = _swapped(lm, fact, tokens, whole, self.substitutes)
-            foil_logits = run(lm, corrupted).logits[0, corrupted.last[0]]
-        if self.score == "logit_diff":
-            answer = _with_foil(lm, fact, answer, foil_logits)
-        problem = Restoration(
-            clean=tokens,
-            corrupted=corrupted,
-            noise=noise,
-            replace=self.replace,
-            sever=None if self.sever == "none" else self.sever,
-            steps=len(answer.ids) if whole else 1,
-            score=Score(kind=self.score, answer=answer, clean=clean.last_logits[0]),
-        )
-        return Experiment(
-            fact=fact,
-            problem=problem,
-            cells=self._cells(lm, tokens),
-            answer=answer,
-            sigma=sigma,
-            said=int(clean.last_logits[0].argmax()),
-        )
-
-    def _cells(self, lm: LM, tokens: Tokens) -> list[Cell]:
-        roles = tokens.roles()
-        positions = [i for i in range(tokens.lengths[0]) if self.token is None or bool(tokens.at(self.token)[0, i])]
-        if not positions:
-            raise FactError(f"No token of the prompt is {self.token!r}; its tokens are {', '.join(roles)}.")
-        return [
-            Cell(kind=kind, layer=site.layer, layers=self._layers(kind, site.layer, lm.n_layers), position=position)
-            for kind in self.kinds
-            for position in positions
-            for site in lm.sites(kind)
-        ]
-
-    def _layers(self, kind: SiteKind, layer: int, n_layers: int) -> range:
-        if kind in ("mlp_out", "attn_out"):
-            return window(layer, self.window, n_layers, rule=self.window_rule)
-        return range(layer, layer + 1)
-
-    def _tables(
-        self, fact: Fact, tokens: Tokens, cells: Sequence[Cell], scores: np.ndarray, low: np.ndarray
-    ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The footprint's rows, and every sample's score."""
-        roles, texts = tokens.roles(), tokens.texts[0]
-        effects = self._sign * (scores - low)
-        table = pd.DataFrame(
-            {
-                "fact": fact.id,
-                "site": [str(Site(layer=cell.layer, kind=cell.kind, token=cell.position)) for cell in cells],
-                "layer": [cell.layer for cell in cells],
-                "kind": [cell.kind for cell in cells],
-                "head": pd.Series([pd.NA] * len(cells), dtype="Int64"),
-                "token": [roles[cell.position] for cell in cells],
-                "position": [cell.position for cell in cells],
-                "text": [texts[cell.position] for cell in cells],
-                "value": np.nanmean(effects, 1),
-                "se": _standard_error(effects),
-                "score": np.nanmean(scores, 1),
-            }
-        )
-        n = scores.shape[1]
-        samples = pd.DataFrame(
-            {
-                "fact": fact.id,
-                "site": np.repeat(table["site"].to_numpy(), n),
-                "sample": np.tile(np.arange(n), len(cells)),
-                "score": scores.ravel(),
-                "corrupted": np.tile(low, len(cells)),
-            }
-        )
-        return table, samples.dropna(subset="score", ignore_index=True)
-
-
-def default_window(n_layers: int) -> int:
-    """ROME's window of 10 for models of 24 layers and more, 3 for smaller ones, where 10 would cover most of the model."""
-    return 10 if n_layers >= 24 else 3
-
-
-def find_answer(lm: LM, fact: Fact, clean: Activations) -> Answer:
-    """The fact's own answer, or the model's most probable next token where the fact has none."""
-    if fact.target_true:
-        return Answer(text=fact.target_true, ids=tuple(lm.target_ids(fact.text, fact.target_true)))
-    top = int(clean.last_logits[0].argmax())
-    return Answer(text=lm.word(top).strip(), ids=(top,))
-
-
-def _with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answer:
-    """The answer with what it is compared to: the fact's target_new, or the best other token of `logits`."""
-    if fact.target_new:
-        return replace(answer, foil_id=lm.target_ids(fact.text, fact.target_new)[0], foil_text=fact.target_new)
-    best, second = logits.topk(2).indices.tolist()
-    foil = second if best == answer.ids[0] else best
-    return replace(answer, foil_id=foil, foil_text=lm.word(foil).strip())
-
-
-def _swapped(lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, substitutes: Sequence[str]) -> Tokens:
-    """The prompt with the first substitute that keeps its token count and the subject's place.
-
-    Raises:
-        FactError: none does.
-    """
-    for subject in substitutes:
-        if subject != fact.subject:
-            other = lm.encode([replace(fact, subject=subject)], targets=targets)
-            if other.lengths == tokens.lengths and other.spans == tokens.spans:
-                return other
-    raise FactError(
-        f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. "
-        "Give substitutes=(...) of equal length."
-    )
-
-
-def _standard_error(x: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the last axis, NaN left out; NaN for a single sample."""
-    n = np.isfinite(x).sum(-1)
-    several = np.where(n > 1, n, 2)
-    squares = np.nansum((x - np.nanmean(x, -1, keepdims=True)) ** 2, -1)
-    return np.where(n > 1, np.sqrt(squares / (several - 1) / several), np.nan)
+    def _severed(self) -> SiteKind | None:
+        return None if self.sever == "none" else self.sever
