@@ -15,8 +15,8 @@ from tests.benchmarks.meters import costs_apart, flops
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
 from tests.benchmarks.ways import WAYS
 from tests.examples import fresh_lm
-from workbench.locators.causal_trace import default_window
 from workbench.models import LM
+from workbench.sites import default_window
 
 T, N = 10, 10
 TINY = Setup(shape="tiny", tokens=6, subject=(1, 2), samples=3)

@@ -16,12 +16,11 @@ from tests.examples import EIFFEL, FACTS, SAID, TURNED, ZURICH, fresh_lm, tiny_l
 from workbench.facts import Fact, FactError
 from workbench.hooks import run
 from workbench.locators.causal_trace import CausalTrace
-from workbench.locators.tracing import default_window
 from workbench.metrics import Answer, ScoreKind, score
 from workbench.models import LM, ModelError
 from workbench.noise import Noise, NoiseError, draw, subject_sigma
 from workbench.results import Footprint
-from workbench.sites import Site, SiteError, SiteKind
+from workbench.sites import Site, SiteError, SiteKind, default_window
 
 ROME_FACTS = (
     SAID,

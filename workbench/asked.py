@@ -59,7 +59,7 @@ class AskedTrace:
             FactError, NoiseError, SiteError, ModelError: an option that cannot be used, or not on this model.
         """
         from workbench.locators.causal_trace import CausalTrace
-        from workbench.locators.tracing import default_window
+        from workbench.sites import default_window
 
         kinds = tuple(kind for kind in CausalTrace.kinds if kind != self.options.get("sever"))
         options = {"window": default_window(lm.n_layers), "kinds": kinds, **self.options}

@@ -234,7 +234,7 @@ def _prepare(
     """The loaded model and the trace, with sigma_t from the bundled facts where the model is a bundled one."""
     from workbench.loading import load
     from workbench.locators.causal_trace import CausalTrace
-    from workbench.locators.tracing import default_window
+    from workbench.sites import default_window
 
     if (sever := options.get("sever", "none")) != "none":
         options["kinds"] = tuple(kind for kind in CausalTrace.kinds if kind != sever)

@@ -130,3 +130,8 @@ def window(centre: int, width: int, n_layers: int, *, rule: Literal["rome", "pap
         raise SiteError(f"The window is {width} layers wide, expected 1 or more.")
     below, above = (width // 2, (width + 1) // 2) if rule == "rome" else ((width - 1) // 2, width // 2 + 1)
     return range(max(0, centre - below), min(n_layers, centre + above))
+
+
+def default_window(n_layers: int) -> int:
+    """ROME's window of 10 for models of 24 layers and more, 3 for smaller ones, where 10 would cover most of the model."""
+    return 10 if n_layers >= 24 else 3

@@ -11,11 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny_models import tiny_tokenizer
 from workbench.loading import load
-from workbench.locators.causal_trace import default_window
 from workbench.metrics import Answer, Score
 from workbench.models import LM, Tokens
 from workbench.restoring import Cell, Restoration
-from workbench.sites import window
+from workbench.sites import default_window, window
 
 
 def _gpt2(n_layer: int, n_embd: int, n_head: int, **other: Any) -> Mapping[str, Any]:
@@ -97,13 +96,16 @@ def sharpen(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def pose(lm: LM, setup: Setup) -> tuple[Restoration, list[Cell]]:
-    """A prompt of random tokens, noise of three times the embeddings' spread on its subject, and the cells of the three maps."""
+    """A prompt of random tokens, noise of three times the embeddings' spread on its subject, and the cells of the three maps.
+
+    The answer is what clean and corrupted rows together find most probable, so that no score is near zero.
+    """
     generator = torch.Generator().manual_seed(1)
     first, last = setup.subject
     ids = torch.randint(lm.d_vocab, (1, setup.tokens), generator=generator)
     noise = torch.zeros(setup.samples, setup.tokens, lm.d_model)
     noise[:, first : last + 1].normal_(generator=generator)
-    noise = 3 * float(lm.embed.get_parameter("weight").std()) * noise
+    noise = (3 * float(lm.embed.get_parameter("weight").std()) * noise).to(lm.device, lm.dtype)
     tokens = Tokens(
         ids=ids.to(lm.device),
         mask=torch.ones_like(ids, dtype=torch.bool, device=lm.device),
@@ -111,11 +113,13 @@ def pose(lm: LM, setup: Setup) -> tuple[Restoration, list[Cell]]:
         spans=((first, last + 1),),
         texts=(tuple(f"t{i}" for i in range(setup.tokens)),),
     )
-    said = int(lm.model(tokens.ids).logits[0, -1].argmax())
+    embedded = lm.embed(tokens.ids)
+    rows = torch.cat((embedded, embedded + noise))
+    said = int(lm.model(inputs_embeds=rows).logits[:, -1].float().softmax(-1).mean(0).argmax())
     problem = Restoration(
         clean=tokens,
         corrupted=tokens.repeat(setup.samples),
-        noise=noise.to(lm.device, lm.dtype),
+        noise=noise,
         score=Score(kind="p", answer=Answer(text=f"t{said}", ids=(said,))),
     )
     width = default_window(lm.n_layers)

@@ -26,8 +26,8 @@ from tests.benchmarks.floor import Sizes, floor_work
 from tests.benchmarks.meters import costs, costs_apart, machine, product_rate, timed
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
 from tests.benchmarks.ways import WAYS, passes
-from workbench.locators.causal_trace import default_window
 from workbench.restoring import Cell
+from workbench.sites import default_window
 from workbench.sweep import restore_by_sweep
 
 log = logging.getLogger(__name__)

@@ -288,11 +288,6 @@ class Tracing(Locator):
         return table, samples.dropna(subset="score", ignore_index=True)
 
 
-def default_window(n_layers: int) -> int:
-    """ROME's window of 10 for models of 24 layers and more, 3 for smaller ones, where 10 would cover most of the model."""
-    return 10 if n_layers >= 24 else 3
-
-
 def find_answer(lm: LM, fact: Fact, clean: Activations) -> Answer:
     """The fact's own answer, or the model's most probable next token where the fact has none."""
     if fact.target_true:
