@@ -247,10 +247,21 @@ _PHRASES: Mapping[str, Any] = {
     "window": _window,
     "sever": lambda options, run: "" if options["sever"] == "none" else f"{options['sever']} severed",
     "score": lambda options, run: f"score {options['score']}",
+    "engine": lambda options, run: f"engine {run.get('engine') or options['engine']}",
 }
 """How the parameters that many methods share are said; any other is named with its value."""
 
-_SILENT = ("kinds", "corrupt", "sigma_note", "sigma_from", "replace", "window_rule", "substitutes", "token")
+_SILENT = (
+    "kinds",
+    "corrupt",
+    "sigma_note",
+    "sigma_from",
+    "replace",
+    "window_rule",
+    "substitutes",
+    "token",
+    "screen_more",
+)
 """Parameters that stand in another one's phrase, or in the figure itself."""
 
 

@@ -79,7 +79,7 @@ class Score:
         return torch.cat([self(lens_logits(lm, some)) for some in hidden.split(at_once)])
 
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 512
 """Rows whose log-probabilities are computed together."""
 
 TOKENS_AT_ONCE = 4096

@@ -34,7 +34,7 @@ from workbench.restoring import Cell, Restoration, Restored
 from workbench.sweep.blocks import no_pieces
 from workbench.sweep.engine import Engine
 from workbench.sweep.in_pieces import InPieces
-from workbench.sweep.lanes import Lane, Plan, Run, budget, in_walks, set_leaders
+from workbench.sweep.lanes import Lane, Plan, Run, budget, give_places, in_walks, set_leaders
 from workbench.sweep.whole import Whole
 
 __all__ = ["restore_by_sweep", "sweepable"]
@@ -137,6 +137,7 @@ def _walk(
 ) -> None:
     """Takes the clean and corrupted runs and some lanes up all layers."""
     forks = set_leaders(lanes)
+    give_places(lanes)
     for lane in lanes:
         if lane.enters == 0:
             lane.board()

@@ -124,7 +124,7 @@ class InPieces(Engine):
         above = iter((mid + mlp).split([part.queries * part.samples for part in parts for _ in part.lanes]))
         for part in parts:
             for lane in part.lanes:
-                lane.state = next(above).unflatten(0, (part.samples, -1))
+                lane.keep(next(above).unflatten(0, (part.samples, -1)))
 
     def _projected(self, pieces: Pieces, parts: Sequence[_Part], x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Turned queries, keys and values of each part's lanes, from their states `x`."""

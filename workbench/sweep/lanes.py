@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -113,6 +114,9 @@ class Lane:
     state: Tensor = field(default_factory=lambda: torch.empty(0))
     """(sample, pos, d_model): the tokens carried; after the last layer those where the answer is predicted."""
 
+    place: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Where its states are kept: memory for all tokens carried, a part of what the whole walk takes."""
+
     aboard: bool = False
     """Whether it has joined the walk and is not yet scored."""
 
@@ -131,10 +135,11 @@ class Lane:
         assert self.kind is not None
         return self.kind
 
-    def size(self) -> int:
-        """Numbers in its state."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(sample, pos, d_model) of its states."""
         run = self.group.run
-        return run.samples * (run.length - self.group.first) * run.lm.d_model
+        return run.samples, run.length - self.group.first, run.lm.d_model
 
     def board(self, restored: Tensor | None = None) -> None:
         """Comes aboard with the corrupted states of its tokens, and the restored one (sample, d_model) of the first."""
@@ -142,22 +147,28 @@ class Lane:
         top = self.enters == run.lm.n_layers
         first = max(group.first, run.scored) if top else group.first
         state = run.hidden[:, run.hidden.shape[1] - (run.length - first) :]
+        self.keep(state)
         if not group.clean_prefix and group.position >= first:
-            state = state.clone()
             if restored is None:
                 clean = run.clean_state(self.enters)[group.position]
                 restored = clean if run.problem.put == "clean" else torch.zeros_like(clean)
-            state[:, 0] = restored
-        self.state, self.fresh, self.aboard = state, True, True
+            self.state[:, 0] = restored
+        self.fresh, self.aboard = True, True
 
     def fork(self) -> None:
         """Comes aboard where its window ends and its leader's goes on."""
         assert self.leader is not None
-        self.state, self.fresh, self.aboard = self.leader.state, self.leader.fresh, True
+        self.keep(self.leader.state)
+        self.fresh, self.aboard = self.leader.fresh, True
+
+    def keep(self, state: Tensor) -> None:
+        """Its states from now on: (sample, pos, d_model), all tokens carried or the last of them."""
+        self.state = self.place[:, -state.shape[1] :]
+        self.state.copy_(state)
 
     def leave(self, score: Tensor) -> None:
         """Ends the walk with its score."""
-        self.score, self.state, self.aboard = score, torch.empty(0), False
+        self.score, self.state, self.place, self.aboard = score, torch.empty(0), torch.empty(0), False
 
     def decayed(self, layer: int, tolerance: float) -> bool:
         """Whether nothing will be put in place any more and the states that enter a layer are the corrupted run's, but for a
@@ -169,7 +180,7 @@ class Lane:
 
     def drop(self) -> None:
         """Ends the walk early."""
-        self.state, self.aboard, self.dropped = torch.empty(0), False, True
+        self.state, self.place, self.aboard, self.dropped = torch.empty(0), torch.empty(0), False, True
 
     def inside(self, layer: int) -> bool:
         """Whether its output is put in place at this layer."""
@@ -189,6 +200,15 @@ def set_leaders(lanes: Sequence[Lane]) -> dict[int, list[Lane]]:
             lane.leader = leader
             forks.setdefault(lane.layers.stop, []).append(lane)
     return forks
+
+
+def give_places(lanes: Sequence[Lane]) -> None:
+    """Memory for all lanes of a walk at once. Taken piece by piece in every layer it would be torn into small holes."""
+    for run in {lane.group.run: None for lane in lanes}:
+        mine = [lane for lane in lanes if lane.group.run is run]
+        sizes = [math.prod(lane.shape) for lane in mine]
+        for lane, place in zip(mine, run.hidden.new_empty(sum(sizes)).split(sizes), strict=True):
+            lane.place = place.view(lane.shape)
 
 
 class Plan:
@@ -251,7 +271,7 @@ def in_walks(lanes: Sequence[Lane], budget: int) -> list[list[Lane]]:
     walks: list[list[Lane]] = [[]]
     used = 0
     for lane in lanes:
-        size = lane.size() * lane.group.run.hidden.element_size()
+        size = math.prod(lane.shape) * lane.group.run.hidden.element_size()
         if size > budget:
             raise InputError(
                 f"One lane of the sweep takes {size / 2**20:.1f} MiB, but the budget is {budget / 2**20:.1f} MiB. "

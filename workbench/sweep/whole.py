@@ -72,7 +72,7 @@ class Whole(Engine):
             writes[kind] = _put(run.put(kind, layer, group.position), rows.to(hidden.device))
         above, _ = run_block(self.lm, layer, _call(run, layer, hidden, group.first, cache), write=writes)
         for lane, state in zip(lanes, above.split(n), strict=True):
-            lane.state = state
+            lane.keep(state)
 
     def _held(self, run: Run, position: int, lanes: int) -> dict[SiteKind, Callable[[Tensor], Tensor]]:
         """The write that holds a severed output at its corrupted value."""
