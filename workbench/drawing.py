@@ -131,6 +131,9 @@ class Panel:
     high: float
     """Value at its upper end."""
 
+    estimated: pd.DataFrame
+    """Which cells are only estimates, in the same shape."""
+
     reverse: bool
     """Whether low values are the ones that matter (`rank` and `kl`)."""
 
@@ -278,6 +281,9 @@ def panel(
         values=values,
         sites=rows.pivot(index="position", columns="layer", values="site"),
         notes=notes.pivot(index="position", columns="layer", values="note"),
+        estimated=notes.assign(estimated=notes.get("estimated", False)).pivot(
+            index="position", columns="layer", values="estimated"
+        ),
         labels=tuple(
             token_label(str(text)) + "*" * is_subject
             for text, is_subject in zip(tokens["text"][values.index], strong, strict=True)
@@ -312,6 +318,7 @@ def average_panel(result: Result, *, kind: str, vmin: float | None = None, vmax:
         values=values.loc[roles],
         sites=rows.pivot(index="token", columns="layer", values="site").loc[roles],
         notes=rows.pivot(index="token", columns="layer", values="note").loc[roles],
+        estimated=values.loc[roles].isna(),
         labels=tuple(ROLE_WORDS[role] for role in roles),
         strong=tuple(role.startswith("subject") for role in roles),
         layer_title=layer_title(result, kind=kind),
@@ -401,6 +408,8 @@ def _cell_note(footprint: Footprint, row: Mapping[Any, Any], name: str, column: 
         lines.append(f"change {number(row['value'], sign=True)}")
     else:
         lines.append(f"{name} = {number(row['value'], sign=True)}{_plus_minus(row['se'])}")
+    if row.get("estimated"):
+        lines.append("estimated by gradient, not computed")
     return "\n".join([*lines, *_window_note(footprint, row)])
 
 

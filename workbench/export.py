@@ -194,13 +194,11 @@ def throughput_text(result: Result) -> str:
     kept = len(result.run["facts"]) - told["facts"]
     if not told["facts"]:
         return "Nothing was computed: all facts were there already."
-    speed = f"{told['seconds'] / told['facts']:.2g} s a fact" if told["facts"] > 1 else f"{told['seconds']:.3g} s"
-    took = f", {told['seconds']:.0f} s in all" if told["facts"] > 1 else ""
-    return (
-        f"{told['facts']} facts computed"
-        + (f", {kept} were there already" if kept else "")
-        + (f": {speed}{took}. Peak memory of the process {told['peak_memory_mib']} MiB.")
-    )
+    n, seconds = told["facts"], told["seconds"]
+    took = f"{seconds:.3g} s" if n == 1 else f"{seconds / n:.2g} s a fact, {seconds:.0f} s in all"
+    before = f", {kept} were there already" if kept else ""
+    memory = f"Peak memory of the process {told['peak_memory_mib']} MiB."
+    return f"{n} fact{'s' if n > 1 else ''} computed{before}: {took}. {memory}"
 
 
 def without_times(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,6 +238,14 @@ def _window(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     )
 
 
+def _screen(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    told = run.get("screened")
+    if not options["screen"] or not told:
+        return ""
+    error = f"rms error {told['rms_error_there']:.2g} on the computed ones"
+    return f"{100 * told['computed']:.0f} % of the cells computed, the others (dotted) estimated by gradient ({error})"
+
+
 _PHRASES: Mapping[str, Any] = {
     "noise": _noise,
     "samples": _samples,
@@ -247,6 +253,7 @@ _PHRASES: Mapping[str, Any] = {
     "window": _window,
     "sever": lambda options, run: "" if options["sever"] == "none" else f"{options['sever']} severed",
     "score": lambda options, run: f"score {options['score']}",
+    "screen": _screen,
     "engine": lambda options, run: f"engine {run.get('engine') or options['engine']}",
 }
 """How the parameters that many methods share are said; any other is named with its value."""

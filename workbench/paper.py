@@ -291,6 +291,8 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
         _edges(layers), range(len(values) + 1), values, cmap=colors.reversed() if panel.reverse else colors,
         norm=Normalize(panel.low, panel.high), edgecolors="face", linewidth=0.2, rasterized=False,
     )  # fmt: skip
+    y, x = panel.estimated.to_numpy(dtype=bool).nonzero()
+    ax.plot([layers[i] for i in x], y + 0.5, ".", markersize=0.9, color=_INK, alpha=0.5)
     ax.set_ylim(len(values), 0)
     ax.set_xlim(_edges(layers)[0], _edges(layers)[-1])
     ax.set_xticks(drawing.layer_ticks(layers, most=13 if ax.get_subplotspec().get_gridspec().ncols < 3 else 7))  # type: ignore[union-attr]

@@ -317,6 +317,12 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
         hovertemplate="%{hovertext}<extra></extra>",
         showlegend=False,
     )
+    y, x = panel.estimated.to_numpy(dtype=bool).nonzero()
+    if len(x):
+        figure.add_scatter(
+            x=[layers[i] for i in x], y=y, mode="markers", marker=dict(size=3, color=ink["muted"]), hoverinfo="skip",
+            showlegend=False,
+        )  # fmt: skip
     figure.update_xaxes(
         title_text=panel.layer_title, tickvals=drawing.layer_ticks(layers, most=few), tickangle=0,
         range=[layers[0] - 0.5, layers[-1] + 0.5],

@@ -123,6 +123,9 @@ class Restored:
     estimated: Bool[Tensor, " cell"] | None = None
     """Which cells are estimates; None: none of them."""
 
+    estimate: Float[Tensor, " cell"] | None = None
+    """Where some are: what every cell's mean effect was estimated to be."""
+
 
 def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Restored:
     """The score of every cell for every noise sample, one forward pass at a time.

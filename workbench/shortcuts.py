@@ -90,7 +90,7 @@ def restore_screened(
     """Scores of cells that matter computed, of the others estimated by a gradient.
 
     1. One gradient halfway between corrupted and clean embeddings estimates every cell (`workbench.gradients`, `at="middle"`).
-    2. The `share` of each kind's cells with the largest estimates is computed.
+    2. The `share` of each kind's cells with the largest estimates is computed. Cells before the first corrupted token are known.
     3. With `more`: while cells with notable effects turn up, their neighbours in layer and token, and the next `share` of the
        ranking, are computed too.
 
@@ -102,20 +102,23 @@ def restore_screened(
         restore: what computes cells.
         problem: the experiment; its score must have a derivative, and no path be severed.
         cells: the map.
-        share: of a kind's cells.
+        share: of a kind's cells that are not known.
         more: whether to go on after the first share.
 
     Returns:
-        As from `restore`, with `estimated`. The engine tells the share computed, and by how much estimates were off there.
+        As from `restore`, with `estimated` and every cell's `estimate`.
     """
     guess = restore_by_gradient(lm, problem, cells, at="middle")
     scores, estimate = guess.cells.clone(), (guess.cells - guess.corrupted).mean(1)
     place = {(cell.kind, cell.layer, cell.position): i for i, cell in enumerate(cells)}
     ranking: dict[SiteKind, list[int]] = {}
+    start = problem.first_changed()
+    known = {i for i, cell in enumerate(cells) if cell.position < start}  # restoring them changes nothing
     for i in estimate.abs().argsort(descending=True).tolist():
-        ranking.setdefault(cells[i].kind, []).append(i)
+        if i not in known:
+            ranking.setdefault(cells[i].kind, []).append(i)
     at_once = {kind: math.ceil(share * len(ranked)) for kind, ranked in ranking.items()}
-    done: set[int] = set()
+    done = set(known)
     batch = {i for kind, ranked in ranking.items() for i in ranked[: at_once[kind]]}
     while batch:
         order = sorted(batch)
@@ -136,12 +139,11 @@ def restore_screened(
             batch |= set([i for i in ranking[kind] if i not in done][: at_once[kind]])
         if not more:
             break
-    exact = torch.tensor(sorted(done))
-    error = float(((estimate - effects)[exact] ** 2).mean().sqrt())
     return Restored(
         clean=part.clean,
         corrupted=low,
         cells=scores,
-        engine=f"{part.engine}; {len(done)} of {len(cells)} cells, the others by gradient (rms error where compared: {error:.2g})",
+        engine=f"{part.engine}, screened by gradient",
         estimated=torch.tensor([i not in done for i in range(len(cells))]),
+        estimate=estimate,
     )

@@ -59,6 +59,10 @@ class Locator(ABC):
         What a footprint depends on is the part, the weights and the fact, nothing else: not the other pieces, not the memory.
         """
 
+    def told_of(self, whole: Footprint) -> dict[str, Any]:
+        """What the manifest of a finished footprint tells beside the parts' own."""
+        return {}
+
     def facts_at_once(self, lm: LM) -> int:
         """How many facts are best handed to `locate_together`."""
         return 1
@@ -141,7 +145,8 @@ def locate(
         "peak_memory_mib": peak_memory(lm),
     }
     parameters = manifest("", model={}, parameters=locator, facts=())["parameters"]
-    return replace(whole, run={**whole.run, "parameters": parameters, "throughput": throughput})
+    told = {"parameters": parameters, "throughput": throughput, **locator.told_of(whole)}
+    return replace(whole, run={**whole.run, **told})
 
 
 def peak_memory(lm: LM) -> int:

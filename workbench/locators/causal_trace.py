@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from workbench.facts import FactError
 from workbench.locators.tracing import Experiment, Tracing
 from workbench.models import LM
 from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
+from workbench.results import Footprint
 from workbench.shortcuts import restore_screened, restore_until_sure
 from workbench.sites import SiteKind
 from workbench.sweep import restore_by_sweep, sweepable
@@ -97,6 +98,14 @@ class CausalTrace(Tracing):
             return restore_until_sure(restore, problem, cells, target=self.adaptive)
         assert self.screen is not None
         return restore_screened(lm, restore, problem, cells, share=self.screen, more=self.screen_more)
+
+    def told_of(self, whole: Footprint) -> dict[str, Any]:
+        """For a screened trace: how much was computed, and how good the estimates were there, in the score's unit."""
+        if "estimated" not in whole.table:
+            return {}
+        computed = whole.table[~whole.table["estimated"]]
+        error = ((computed["value"] - computed["estimate"]) ** 2).mean() ** 0.5
+        return {"screened": {"computed": len(computed) / len(whole.table), "rms_error_there": float(error)}}
 
     @property
     def _severed(self) -> SiteKind | None:
