@@ -23,7 +23,7 @@ import torch
 import typer
 
 from tests.benchmarks.floor import Sizes, floor_work
-from tests.benchmarks.meters import costs, costs_apart, machine, product_rate, timed
+from tests.benchmarks.meters import costs_apart, machine, product_rate, timed, work
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
 from tests.benchmarks.ways import WAYS, passes
 from workbench.restoring import Cell
@@ -79,10 +79,9 @@ def measure(
     setup: Setup, *, ways: Sequence[str], rounds: int, some: int, full: bool, memory: bool
 ) -> tuple[list[Row], str]:
     """All ways on one shape, and what the sweep says of its engine."""
-    costing = costs_apart if memory else costs
     cost = {}
     for way in ways:  # before a model is here: two large ones may not fit
-        cost[way] = costing(setup, way)
+        cost[way] = costs_apart(setup, way) if memory else {"flops": work(setup, way)}
         log.info("%s: counted the work of %s", setup.shape, way)
     lm = build(setup)
     problem, cells = pose(lm, setup)

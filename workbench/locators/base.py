@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import psutil
 import torch
 from typing_extensions import Self
 
@@ -153,5 +153,10 @@ def peak_memory(lm: LM) -> int:
     """The most memory in MiB that this process held so far: on the GPU where the model is on one, else resident."""
     if lm.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(lm.device)) // 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent process held before it started this one
+        peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), "")
+        if peak:
+            return int(peak.split()[1]) // 2**10
+    told = psutil.Process().memory_info()
+    return int(getattr(told, "peak_wset", told.rss)) // 2**20  # elsewhere than on Linux and Windows: what it holds now
