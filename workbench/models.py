@@ -275,6 +275,7 @@ class LM:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "attention": self.model.config._attn_implementation,
+            "float32_products": torch.get_float32_matmul_precision(),  # "highest" unless TF32 was allowed
             "bos": self.bos,
         }
 
