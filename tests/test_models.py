@@ -446,6 +446,7 @@ def test_the_protocol_says_what_a_reader_needs_to_repeat_a_run() -> None:
         "dtype": "float32",
         "device": "cpu",
         "attention": "sdpa",
+        "float32_products": "highest",
         "bos": True,
     }
 
