@@ -21,7 +21,9 @@ FAMILIES = ("gpt2", "gptj", "llama", "gemma2", "gpt_neox")
 def traced(family: str, *, device: str, dtype: torch.dtype) -> Footprint:
     lm = fresh_lm(family)
     torch.nn.Module.to(lm.model, device, dtype)
-    return CausalTrace(window=3, samples=4, noise=0.5)(LM(lm.model, lm.tokenizer), [EIFFEL, ZURICH, JOBS])  # together on a GPU
+    return CausalTrace(window=3, samples=4, noise=0.5)(
+        LM(lm.model, lm.tokenizer), [EIFFEL, ZURICH, JOBS]
+    )  # together on a GPU
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,9 +14,11 @@ from tests.examples import EIFFEL, FACTS, JOBS, SAO_PAULO, TURNED, fresh_lm, tin
 from workbench import sweep
 from workbench.errors import InputError
 from workbench.facts import Fact
+from workbench.hooks import patched
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
 from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
+from workbench.sites import Site
 from workbench.sweep import engine, restore_by_sweep
 from workbench.sweep.blocks import WIRINGS
 
@@ -85,14 +87,73 @@ def test_whole_blocks_give_the_same_in_every_family(lm: LM, monkeypatch: pytest.
     assert found.engine == "sweep, whole blocks: not now"
 
 
-def test_pieces_that_do_not_make_the_block_are_noticed() -> None:
-    """A block that somebody changed with a hook is still traced as it is."""
+def test_pieces_that_do_not_make_the_block_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that somebody changed is still traced as it is."""
     lm = fresh_lm("llama")
-    handle = lm.blocks[2].register_forward_hook(lambda block, args, out: 0.9 * out)
+    block: Any = lm.blocks[2]
+    whole = block.forward
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: 0.9 * whole(*args, **kwargs))
     found = agree(lm, *experiment(lm, EIFFEL))
     assert "differ by" in found.engine
-    handle.remove()
+    monkeypatch.undo()
     assert agree(lm, *experiment(lm, EIFFEL)).engine == "sweep"
+
+
+@pytest.mark.parametrize(("family", "path"), [("gpt2", "attn.c_attn"), ("phi3", "self_attn.qkv_proj")])
+def test_a_fused_projection_that_somebody_changed_is_called_and_not_read(
+    family: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = fresh_lm(family)
+    fused: Any = lm.part(1, path)
+    whole = fused.forward
+    monkeypatch.setattr(fused, "forward", lambda x: 1.5 * whole(x))
+    assert agree(lm, *experiment(lm, EIFFEL)).engine == "sweep"
+
+
+def test_an_unembedding_that_somebody_changed_is_called_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = fresh_lm("gpt2")
+    head: Any = lm.unembed
+    whole = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: 3 * whole(x))
+    assert agree(lm, *experiment(lm, EIFFEL)).engine == "sweep"
+
+
+def test_logits_made_otherwise_than_by_norm_and_unembedding_are_left_to_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm = fresh_lm("gpt2")
+    model: Any = lm.model
+    whole = model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        out = whole(**inputs)
+        out.logits = 3 * out.logits
+        return out
+
+    monkeypatch.setattr(model, "forward", scaled)
+    found = restore_by_sweep(lm, [(made := experiment(lm, EIFFEL))[0]], [made[1]])[0]
+    assert found.engine.startswith("loop: the last states")
+    assert torch.allclose(found.cells, restore_by_loop(lm, *made).cells)
+
+
+def test_patches_and_hooks_that_may_mean_a_token_are_left_to_the_loop() -> None:
+    lm = fresh_lm("gpt2")
+    made = experiment(lm, EIFFEL)
+    assert sweep.sweepable(lm, *made) == ""
+    with patched(lm, {Site(layer=1, kind="resid_pre"): lambda x: 1.3 * x}):
+        assert sweep.sweepable(lm, *made) == "the model is patched"
+        assert CausalTrace(**FEW)(lm, [EIFFEL]).run["engine"] == "loop: the model is patched"
+    handle = lm.blocks[1].register_forward_hook(lambda module, args, out: out)
+    assert "other hooks" in sweep.sweepable(lm, *made)
+    handle.remove()
+    assert sweep.sweepable(lm, *made) == ""
+
+
+def test_no_cells_give_the_two_baselines(gpt2: LM) -> None:
+    problem, _ = experiment(gpt2, EIFFEL)
+    for found in (restore_by_sweep(gpt2, [problem], [[]])[0], restore_by_loop(gpt2, problem, [])):
+        assert found.cells.shape == (0, 2)
+        assert found.corrupted.shape == (2,)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "falcon"])
@@ -157,7 +218,7 @@ def test_a_small_memory_takes_several_walks_for_the_same_map(family: str, monkey
     assert walks[0] == sum(walks[1:])
     assert len(walks) > 10
     assert torch.allclose(small.cells, whole.cells, atol=1e-7, rtol=0)
-    with pytest.raises(InputError, match=r"the budget is 0\.0 MiB"):
+    with pytest.raises(InputError, match="only 100 are allowed"):
         restore_by_sweep(lm, [problem], [cells], memory=100)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from workbench.facts import Fact, Probe
     from workbench.hooks import patched, run
     from workbench.loading import load
+    from workbench.locators.attribution_patching import AttributionPatching
     from workbench.locators.base import locate
     from workbench.locators.causal_trace import CausalTrace
     from workbench.models import LM
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.store import Store
 
 _HOME = {
+    "AttributionPatching": "workbench.locators.attribution_patching",
     "CausalTrace": "workbench.locators.causal_trace",
     "Fact": "workbench.facts",
     "Footprint": "workbench.results",
@@ -36,7 +38,8 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 - sorted as ASCII, like the table above
-    "CausalTrace", "Fact", "Footprint", "LM", "Probe", "Result", "Site", "Store", "load", "locate", "patched", "run",
+    "AttributionPatching", "CausalTrace", "Fact", "Footprint", "LM", "Probe", "Result", "Site", "Store",
+    "load", "locate", "patched", "run",
 ]  # fmt: skip
 
 

@@ -35,17 +35,28 @@ Score = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many facts.")]
 Adaptive = Annotated[
     float | None,
-    typer.Option(help="Fewer samples where fewer do: standard error to reach, in parts of the largest effect."),
+    typer.Option(
+        help="Fewer samples where fewer do: standard error to reach, as a share of the largest effect, e.g. 0.02."
+    ),
 ]
 Tolerance = Annotated[
     float | None,
-    typer.Option(help="Drop runs that come this near to the corrupted one, in parts of their states' norm."),
+    typer.Option(
+        help="Drop runs that come this near to the corrupted one, as a share of their states' norm, e.g. 0.01."
+    ),
 ]
 Screen = Annotated[
-    float | None, typer.Option(help="Compute only this part of the cells, chosen by gradient, and estimate the others.")
+    float | None,
+    typer.Option(
+        help="Begin with this share of the cells, chosen by gradient, e.g. 0.1; estimate what is not computed."
+    ),
 ]
+ScreenMore = Annotated[bool, typer.Option(help="Go on with a screened map while large effects turn up.")]
 Memory = Annotated[
-    str, typer.Option(help="Most that intermediate states may take, e.g. 500MB or 2GB. Default: half of what is free.")
+    str,
+    typer.Option(
+        help="Most that intermediate states may take, e.g. 500MB or 2GB (bytes without a unit). Default: half of what is free."
+    ),
 ]
 FactsFile = Annotated[
     Path | None,
@@ -108,6 +119,7 @@ def trace(
         Literal["none", "mlp_out", "attn_out"], typer.Option(help="Hold these outputs at their corrupted values.")
     ] = "none",
     screen: Screen = None,
+    screen_more: ScreenMore = True,
     adaptive: Adaptive = None,
     tolerance: Tolerance = None,
     memory: Memory = "",
@@ -123,7 +135,7 @@ def trace(
         chosen = _chosen(prompt, subject, answer, facts, limit)
         formats, budget = _formats(figures), _bytes(memory)
         options = {"noise": noise, "samples": samples, "seed": seed, "score": score, "sever": sever}
-        shortcuts = {"screen": screen, "adaptive": adaptive, "tolerance": tolerance}
+        shortcuts = {"screen": screen, "screen_more": screen_more, "adaptive": adaptive, "tolerance": tolerance}
         lm, tracer = _prepare(model, chosen, device, dtype, window, {**options, **shortcuts})
         from workbench import export, paper
         from workbench.locators import locate
@@ -163,6 +175,7 @@ def average(
     seed: Seed = 1,
     score: Score = "p",
     screen: Screen = None,
+    screen_more: ScreenMore = True,
     adaptive: Adaptive = None,
     tolerance: Tolerance = None,
     memory: Memory = "",
@@ -179,7 +192,7 @@ def average(
         chosen = pool[::every][:limit]
         formats, budget = _formats(figures), _bytes(memory)
         options = {"noise": noise, "samples": samples, "seed": seed, "score": score}
-        shortcuts = {"screen": screen, "adaptive": adaptive, "tolerance": tolerance}
+        shortcuts = {"screen": screen, "screen_more": screen_more, "adaptive": adaptive, "tolerance": tolerance}
         lm, tracer = _prepare(model, chosen, device, dtype, window, {**options, **shortcuts})
         from analyses.average_trace import average_trace
         from workbench import export, paper
@@ -269,6 +282,8 @@ def _bytes(text: str) -> int | None:
     if match is None or float(match[1]) == 0:
         raise InputError(f"{text!r} is no size of memory. Write e.g. 500MB or 2GB.")
     base = 1024 if match[3] else 1000
+    if len(match[1]) > 30:
+        raise InputError("That is more memory than there is. Write e.g. 500MB or 2GB.")
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
@@ -297,10 +312,12 @@ def _progress(total: int) -> Iterator[None]:
 
     from workbench.progress import reporting
 
-    with tqdm(total=None, leave=False) as bar:
+    with tqdm(total=None, leave=False, delay=0.3) as bar:
 
         def listen(what: str, done: int, of: int) -> None:
             if total == 1 or what == "facts":
+                if done == 0:
+                    bar.reset(total=of)
                 bar.total, bar.n = of, done
                 bar.set_description(what, refresh=False)
                 bar.refresh()
@@ -319,9 +336,9 @@ def _one_sentence() -> Iterator[None]:
     except OSError as error:
         _fail(f"A file cannot be written or read: {error}. What was finished is kept; give the same command again.")
     except KeyboardInterrupt:
-        _fail("Stopped. Give the same command again to go on.")
+        _fail("Stopped. Give the same command again to go on.", code=130)
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, *, code: int = 2) -> NoReturn:
     typer.echo(sentence, err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)

@@ -175,9 +175,10 @@ def score_name(result: Result, *, fact: str | None = None, column: str = "score"
         "rank": f"rank of {answer}",
         "kl": "KL to clean (nats)",
     }.get(str(kind), "")
+    guessed = "est. " if str(result.run.get("unit", "")).startswith("estimated") else ""
     if column == "score":
-        return name or "score"
-    return f"effect on {name}" if name else str(result.run.get("unit") or "effect")
+        return guessed + (name or "score")
+    return f"{guessed}effect on {name}" if name else str(result.run.get("unit") or "effect")
 
 
 def layer_title(result: Result, *, kind: str) -> str:

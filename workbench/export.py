@@ -196,7 +196,7 @@ def throughput_text(result: Result) -> str:
         return "Nothing was computed: all facts were there already."
     n, seconds = told["facts"], told["seconds"]
     took = f"{seconds:.3g} s" if n == 1 else f"{seconds / n:.2g} s a fact, {seconds:.0f} s in all"
-    before = f", {kept} were there already" if kept else ""
+    before = f", {kept} {'was' if kept == 1 else 'were'} there already" if kept else ""
     memory = f"Peak memory of the process {told['peak_memory_mib']} MiB."
     return f"{n} fact{'s' if n > 1 else ''} computed{before}: {took}. {memory}"
 
@@ -224,7 +224,12 @@ def _rounded(noise: Any) -> str:
 
 
 def _samples(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    return "" if options.get("corrupt") == "swap" else f"{options['samples']} sample{'s' * (options['samples'] != 1)}"
+    most = "up to " if options.get("adaptive") else ""
+    return (
+        ""
+        if options.get("corrupt") == "swap"
+        else f"{most}{options['samples']} sample{'s' * (options['samples'] != 1)}"
+    )
 
 
 def _window(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -242,8 +247,20 @@ def _screen(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     told = run.get("screened")
     if not options["screen"] or not told:
         return ""
-    error = f"rms error {told['rms_error_there']:.2g} on the computed ones"
-    return f"{100 * told['computed']:.0f} % of the cells computed, the others (dotted) estimated by gradient ({error})"
+    others = "the others" if "bootstrap" in run else "the others (dotted)"
+    error = (
+        f"off by {told['rms_error_there']:.2g} (rms, in the score's unit) on the computed ones, which are the largest"
+    )
+    return (
+        f"{100 * told['computed']:.0f} % of the cells computed, {others} estimated by gradient; estimates are {error}"
+    )
+
+
+def _adaptive(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    share = options["adaptive"]
+    return (
+        f"fewer samples where standard errors came below {100 * share:g} % of the map's largest effect" if share else ""
+    )
 
 
 _PHRASES: Mapping[str, Any] = {
@@ -254,6 +271,7 @@ _PHRASES: Mapping[str, Any] = {
     "sever": lambda options, run: "" if options["sever"] == "none" else f"{options['sever']} severed",
     "score": lambda options, run: f"score {options['score']}",
     "screen": _screen,
+    "adaptive": _adaptive,
     "engine": lambda options, run: f"engine {run.get('engine') or options['engine']}",
 }
 """How the parameters that many methods share are said; any other is named with its value."""

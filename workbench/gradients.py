@@ -82,6 +82,10 @@ def restore_by_gradient(
         raise InputError(
             f"steps is {steps} and at is {at!r}, expected 1 or more, and one of {', '.join(get_args(At))}."
         )
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "Inside of torch.inference_mode() there are no gradients, so nothing can be estimated. Leave it."
+        )
     if problem.sever is not None:
         raise InputError(
             f"A gradient runs through all tokens at once, so {problem.sever} cannot be severed at the restored one alone. "

@@ -204,6 +204,15 @@ def is_patched() -> bool:
     return any(plan.writes for plan in _plans.get())
 
 
+def has_foreign_hooks(lm: LM) -> bool:
+    """Whether somebody else's forward hooks are on the model, which may do with an activation what they like."""
+    return any(
+        not isinstance(hook, _Tap) and hook is not _inert
+        for module in lm.model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
 @contextmanager
 def patched(lm: LM, write: Mapping[Site, Write], tokens: Tokens | None = None) -> Iterator[None]:
     """Within, every forward pass of this thread through the model has `write` applied; `generate` and nested runs too.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.models import LM, Tokens
+from workbench.models import LM, Tokens, is_plain
 
 ScoreKind = Literal["p", "p_target", "logp", "logit_diff", "rank", "kl"]
 """What is measured at the end of the prompt:
@@ -69,7 +69,7 @@ class Score:
         For probabilities the vocabulary is walked in pieces: only the answer's logits and the log-sum-exp are kept. `rank` and
         `kl` need every logit, so there some rows at a time are scored.
         """
-        if self.kind in ("p", "p_target", "logp") and type(lm.unembed) is nn.Linear:
+        if self.kind in ("p", "p_target", "logp") and type(lm.unembed) is nn.Linear and is_plain(lm.unembed):
             steps = torch.arange(hidden.shape[1], device=hidden.device)
             ids = torch.tensor(self.answer.ids[: len(steps)], device=hidden.device)
             normed = _normed(lm, hidden)
@@ -190,6 +190,9 @@ def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "
 def _normed(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     with torch.no_grad():
         normed: Tensor = lm.final_norm(hidden.to(lm.dtype))
+        project = getattr(lm.model.get_submodule(lm.layout.final_norm.rpartition(".")[0]), "project_out", None)
+        if project is not None:  # an OPT whose embeddings are narrower than its states
+            normed = project(normed)
     return normed
 
 

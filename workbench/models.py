@@ -23,7 +23,7 @@ from workbench.facts import Fact
 from workbench.layouts import Layout, ModelError, layout_of
 from workbench.sites import Role, Site, SiteError, SiteKind
 
-__all__ = ["LM", "ModelError", "Tokens"]
+__all__ = ["LM", "ModelError", "Tokens", "is_plain"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -376,6 +376,11 @@ class LM:
         if not inside:
             raise ModelError(f"No token covers the subject {fact.subject!r} of {fact.text!r}. Choose a longer subject.")
         return inside[0], inside[-1] + 1
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does what its class does and nothing else, so that its weights may be used instead."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _state(parameter: Tensor) -> tuple[int, int, float]:

@@ -150,6 +150,6 @@ def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Rest
     return Restored(
         clean=problem.score(problem.answer_logits(clean.logits))[0],
         corrupted=problem.score(problem.answer_logits(corrupted.logits)),
-        cells=torch.stack(scores),
+        cells=torch.stack(scores) if scores else torch.empty(0, len(problem.corrupted)),
         engine="loop",
     )

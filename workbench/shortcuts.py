@@ -22,7 +22,7 @@ from workbench.sites import SiteKind
 Restore = Callable[[Restoration, Sequence[Cell]], Restored]
 """An exact engine, e.g. one problem's sweep."""
 
-FIRST_SAMPLES = 3
+FIRST_SAMPLES = 4
 """So many samples are taken of every cell; fewer say nothing about their spread. Then as many again, and so on."""
 
 
@@ -33,46 +33,47 @@ NOTABLE = 0.025
 def restore_until_sure(restore: Restore, problem: Restoration, cells: Sequence[Cell], *, target: float) -> Restored:
     """Scores of cells with fewer samples where fewer do.
 
-    After every few samples, cells whose standard error is at most `target` times the largest mean effect of all cells are done.
-    Standard errors of three samples are themselves uncertain, so some cells stop early by chance: the price.
+    After every few samples, the cells of one kind and token are done where the standard error of each is at most `target` times the
+    kind's largest mean effect. They stop together, so that neighbouring layers rest on the same samples. The corrupted run
+    gets all samples, and kinds do not matter to each other.
+
+    Standard errors of a few samples are themselves uncertain, so some cells stop early by chance, and theirs is then too small: the
+    price.
 
     Args:
         restore: what computes cells.
         problem: the experiment; its samples are taken in their order.
         cells: what to restore.
-        target: the standard error that is good enough, in parts of the map's largest effect.
+        target: the standard error that is good enough, in parts of the largest effect of the cell's kind.
 
     Returns:
         As from `restore`, with `taken`, and NaN where nothing was.
     """
     n = len(problem.corrupted)
     left = torch.arange(len(cells))
-    found: list[Restored] = []
+    whole = restore(problem, [])
+    low = whole.corrupted.cpu().double()
+    kinds, rows = [cell.kind for cell in cells], [(cell.kind, cell.position) for cell in cells]
     scores, taken = (
         torch.full((len(cells), n), torch.nan, dtype=torch.float64),
         torch.zeros(len(cells), n, dtype=torch.bool),
     )
-    low = torch.full((n,), torch.nan, dtype=torch.float64)
     first = 0
     while first < n and len(left):
         some = slice(first, min(first + FIRST_SAMPLES, n))
         part = restore(_samples(problem, some), [cells[i] for i in left.tolist()])
         scores[left, some], taken[left, some] = part.cells.cpu().double(), True
-        low[some] = part.corrupted.cpu().double()
-        found.append(part)
         first = some.stop
-        effects = (scores - low)[:, :first]
+        effects = scores - low
         count = taken.sum(1)
         mean = effects.nanmean(1)
         spread = ((effects - mean[:, None]) ** 2).nansum(1) / (count - 1).clamp(min=1)
-        sure = (spread / count).sqrt() <= target * mean.abs().max()
-        left = left[~sure[left]]
+        largest = {kind: max(abs(float(mean[i])) for i, own in enumerate(kinds) if own == kind) for kind in set(kinds)}
+        sure = (spread / count).sqrt() <= target * torch.tensor([largest[kind] for kind in kinds], dtype=mean.dtype)
+        open_rows = {row for row, done in zip(rows, sure.tolist(), strict=True) if not done}
+        left = torch.tensor([i for i in left.tolist() if rows[i] in open_rows], dtype=torch.long)
     return Restored(
-        clean=found[0].clean,
-        corrupted=low[:first],
-        cells=scores[:, :first],
-        engine=f"{found[0].engine}, until sure to {target:g}",
-        taken=taken[:, :first],
+        clean=whole.clean, corrupted=low, cells=scores, engine=f"{whole.engine}, adaptive samples", taken=taken
     )
 
 
@@ -118,16 +119,16 @@ def restore_screened(
         if i not in known:
             ranking.setdefault(cells[i].kind, []).append(i)
     at_once = {kind: math.ceil(share * len(ranked)) for kind, ranked in ranking.items()}
-    done = set(known)
+    done, low, engine = set(known), guess.corrupted, "sweep"
+    least = NOTABLE * abs(float(guess.clean) - float(low.mean()))
     batch = {i for kind, ranked in ranking.items() for i in ranked[: at_once[kind]]}
     while batch:
         order = sorted(batch)
         part = restore(problem, [cells[i] for i in order])
-        low = part.corrupted.cpu().double()
+        engine, low = part.engine, part.corrupted.cpu().double()
         scores[order] = part.cells.cpu().double()
         done |= batch
         effects = (scores - low).mean(1)
-        least = NOTABLE * abs(float(part.clean) - float(low.mean()))
         notable = [cells[i] for i in order if abs(float(effects[i])) > least]
         near = {
             place.get((cell.kind, cell.layer + up, cell.position + along))
@@ -140,10 +141,10 @@ def restore_screened(
         if not more:
             break
     return Restored(
-        clean=part.clean,
+        clean=guess.clean,
         corrupted=low,
         cells=scores,
-        engine=f"{part.engine}, screened by gradient",
+        engine=f"{engine}, screened by gradient",
         estimated=torch.tensor([i not in done for i in range(len(cells))]),
         estimate=estimate,
     )

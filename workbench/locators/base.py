@@ -38,6 +38,10 @@ class Locator(ABC):
                 raise FactError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
             if hint is int and not (isinstance(value, int) and not isinstance(value, bool)):
                 raise FactError(f"{name} is {value!r}, expected a whole number.")
+            if hint is bool and not isinstance(value, bool):
+                raise FactError(f"{name} is {value!r}, expected True or False.")
+            if hint == float | None and not (value is None or (isinstance(value, (int, float)) and value is not True)):
+                raise FactError(f"{name} is {value!r}, expected a number, or None.")
             if get_origin(hint) is tuple and not isinstance(value, tuple):
                 raise FactError(f"{name} is {value!r}, expected a tuple, e.g. ({value!r},).")
 

@@ -48,8 +48,8 @@ class CausalTrace(Tracing):
     """Whether a screened map goes on after its first part."""
 
     adaptive: float | None = None
-    """Not exact: stop sampling a cell once its standard error is this part of the map's largest effect, e.g. 0.02; looked at after
-    every few samples. None: every cell gets all samples."""
+    """Not exact: stop sampling the cells of a token once their standard errors are this share of the largest effect, e.g. 0.02;
+    looked at after every few samples, so errors may be larger than they seem. None: every cell gets all samples."""
 
     tolerance: float | None = None
     """Not exact: a restored run whose states come this near to the corrupted run's, in parts of their norm, counts as equal to it,
@@ -64,7 +64,7 @@ class CausalTrace(Tracing):
         for name in ("screen", "adaptive", "tolerance"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise FactError(f"{name} is {value!r}, expected a part between 0 and 1, or None.")
+                raise FactError(f"{name} is {value!r}, expected a share between 0 and 1.")
             if value is not None and self.engine == "loop":
                 raise FactError(f"The loop is exact and takes no {name}. Use the sweep, or leave it out.")
         if self.screen is not None and self.adaptive is not None:
@@ -103,9 +103,12 @@ class CausalTrace(Tracing):
         """For a screened trace: how much was computed, and how good the estimates were there, in the score's unit."""
         if "estimated" not in whole.table:
             return {}
-        computed = whole.table[~whole.table["estimated"]]
+        asked = whole.table[whole.table["token"] != "before_subject"]  # the others are known without computing
+        computed = asked[~asked["estimated"]]
+        if computed.empty:
+            return {}
         error = ((computed["value"] - computed["estimate"]) ** 2).mean() ** 0.5
-        return {"screened": {"computed": len(computed) / len(whole.table), "rms_error_there": float(error)}}
+        return {"screened": {"computed": len(computed) / len(asked), "rms_error_there": float(error)}}
 
     @property
     def _severed(self) -> SiteKind | None:

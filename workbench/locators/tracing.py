@@ -157,6 +157,8 @@ class Tracing(Locator):
                 "Use less noise, or float32."
             )
         table, samples = self._tables(fact, problem.clean, [experiment.cells[i] for i in mine], scores, low)
+        if restored.taken is not None:
+            table["samples"] = taken.sum(1)
         if restored.estimated is not None and restored.estimate is not None:
             table["estimated"] = restored.estimated[mine].cpu().numpy()
             table["estimate"] = self._sign * restored.estimate[mine].cpu().numpy()

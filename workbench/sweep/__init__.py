@@ -27,10 +27,10 @@ from dataclasses import replace
 
 import torch
 
-from workbench.hooks import is_patched
+from workbench.hooks import has_foreign_hooks, is_patched
 from workbench.models import LM
 from workbench.progress import track
-from workbench.restoring import Cell, Restoration, Restored
+from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
 from workbench.sweep.blocks import no_pieces
 from workbench.sweep.engine import Engine
 from workbench.sweep.in_pieces import InPieces
@@ -43,8 +43,15 @@ __all__ = ["restore_by_sweep", "sweepable"]
 def sweepable(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> str:
     """Why this model or these cells cannot be swept, or an empty string where they can.
 
-    A block must take a cache and an explicit mask; flash attention takes no mask.
+    A block must take a cache and an explicit mask; flash attention takes no mask. Whoever changes activations, with `patched` or
+    hooks of his own, may mean certain tokens, which slices of a prompt do not have.
     """
+    if is_patched():
+        return "the model is patched"
+    if has_foreign_hooks(lm):
+        return "there are other hooks on the model"
+    if getattr(lm.part(0, lm.layout.attn), "is_causal", True) is False:
+        return "attention is not causal"
     attention = str(lm.model.config._attn_implementation)
     if attention not in ("eager", "sdpa"):
         return f"attention {attention!r} takes no explicit mask"
@@ -65,6 +72,8 @@ def restore_by_sweep(
 ) -> list[Restored]:
     """The scores of every cell of every problem for every noise sample, as `restore_by_loop` gives them.
 
+    Where the model does something that a sweep does not foresee, the plain loop is taken; `engine` says so.
+
     Several problems, of any lengths, go up together; what comes out for one does not depend on the others.
 
     Args:
@@ -82,11 +91,15 @@ def restore_by_sweep(
     with torch.inference_mode():
         why_not = no_pieces(lm) or _not_in_pieces(problems, cells)
         if not why_not:
-            found, error = _restore(lm, problems, cells, memory, tolerance, InPieces)
-            if error <= _TOLERANCE[lm.dtype]:
+            found, error, top = _restore(lm, problems, cells, memory, tolerance, InPieces)
+            if error <= _TOLERANCE[lm.dtype] and top <= _TOP_TOLERANCE[lm.dtype]:
                 return found
             why_not = f"in pieces they differ by {error:.1e} of their output from the model's own"
-        found, _ = _restore(lm, problems, cells, memory, tolerance, Whole)
+        found, _, top = _restore(lm, problems, cells, memory, tolerance, Whole)
+        if not top <= _TOP_TOLERANCE[lm.dtype]:
+            why_not = f"the last states say the answer with a log-probability {top:.1e} from the model's own"
+            loops = [restore_by_loop(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True)]
+            return [replace(one, engine=f"loop: {why_not}") for one in loops]
     return [replace(one, engine=f"sweep, whole blocks: {why_not}") for one in found]
 
 
@@ -94,9 +107,11 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.2, tor
 """How far a block in pieces may be from the model's own, in parts of what the block adds; a wrong wiring is off by about 1."""
 
 
+_TOP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
+"""How far the answer's log-probability, from the last states by norm and unembedding, may be from the model's own."""
+
+
 def _not_in_pieces(problems: Sequence[Restoration], cells: Sequence[Sequence[Cell]]) -> str:
-    if is_patched():
-        return "the model is patched"
     for problem, mine in zip(problems, cells, strict=True):
         inner = {cell.kind for cell in mine} & {"z", "mlp_post", "resid_mid"}
         if inner and (problem.sever or problem.put == "zero"):
@@ -111,8 +126,8 @@ def _restore(
     memory: int | None,
     tolerance: float | None,
     engine: type[Engine],
-) -> tuple[list[Restored], float]:
-    """What `restore_by_sweep` gives, and by how much the engine's clean run differs from the model's."""
+) -> tuple[list[Restored], float, float]:
+    """What `restore_by_sweep` gives, and by how much the engine's clean run differs from the model's, in blocks and above them."""
     runs = [Run(lm, problem, {cell.kind for cell in mine}) for problem, mine in zip(problems, cells, strict=True)]
     plans = [Plan(run, mine) for run, mine in zip(runs, cells, strict=True)]
     walks = in_walks([lane for plan in plans for lane in plan.lanes], budget(lm, memory))
@@ -124,7 +139,7 @@ def _restore(
         _walk(lm, at_work, runs, lanes, layers, tolerance)
     next(layers, None)  # so that the progress says all
     found = [plan.scores() for plan in plans]
-    return found, at_work.error()
+    return found, at_work.error(), max(float(run.top_error()) for run in runs)
 
 
 def _walk(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from workbench.models import LM
+from workbench.models import LM, is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +247,8 @@ class Pieces:
         if self._wiring.fused == "heads":
             return None
         bias = None if fused.bias is None else fused.bias[columns]
+        if not is_plain(fused):
+            return None
         if type(fused) is nn.Linear:
             return functional.linear(h, fused.weight[columns], bias)
         return functional.linear(h, fused.weight[:, columns].T, bias) if type(fused) is Conv1D else None

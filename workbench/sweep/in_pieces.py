@@ -232,7 +232,8 @@ def _difference(above: Tensor, model: Tensor, below: Tensor) -> Tensor:
     eps = torch.finfo(model.dtype).eps
     above, model, below = (x if x.dtype == torch.float64 else x.float() for x in (above, model, below))
     rounding = 4 * eps * model.norm(dim=-1)
-    return (((above - model).norm(dim=-1) - rounding).clamp(min=0) / (model - below).norm(dim=-1)).max()
+    worst: Tensor = (((above - model).norm(dim=-1) - rounding).clamp(min=0) / (model - below).norm(dim=-1)).max()
+    return worst
 
 
 def _added(

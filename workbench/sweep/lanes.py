@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import psutil
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.hooks import capture_calls, run_below
+from workbench.metrics import Score
 from workbench.models import LM
 from workbench.restoring import Cell, Restoration, Restored
 from workbench.sites import Site, SiteKind
@@ -49,6 +50,14 @@ class Run:
     def rise(self) -> None:
         """To the next layer: what the engine put into `above` is what enters it."""
         self.layer, self.hidden = self.layer + 1, self.above
+
+    def top_error(self) -> Tensor:
+        """By how much the answer's log-probability differs between the model's own logits and those made of its last states."""
+        answer = self.problem.score.answer
+        score = Score(kind="logp", answer=replace(answer, ids=answer.ids[:1]))
+        last = self.clean_state(self.lm.n_layers)[None, self.scored : self.scored + 1]
+        own = score(self.problem.answer_logits(self.clean.logits)[:, :1])
+        return (score.of_states(self.lm, last) - own).abs()[0]
 
     def low(self) -> Tensor:
         """The corrupted run's score (sample,), once the walk is at the top."""
@@ -255,12 +264,19 @@ class Plan:
         corrupted = run.low()
         same = {"clean": clean.expand(run.samples).to(corrupted.dtype), "corrupted": corrupted}
         cells = [same[of] if isinstance(of, str) else of.score for of in self._of]
-        return Restored(clean=clean[0], corrupted=corrupted, cells=torch.stack(cells), engine="sweep")
+        return Restored(
+            clean=clean[0],
+            corrupted=corrupted,
+            cells=torch.stack(cells) if cells else corrupted.new_empty(0, run.samples),
+            engine="sweep",
+        )
 
 
 def budget(lm: LM, memory: int | None) -> int:
     """Bytes that lanes may take: as asked for, or half of what is free."""
     if memory is not None:
+        if not memory > 0:
+            raise InputError(f"memory is {memory}, expected a number of bytes above 0, e.g. 2 * 10**9.")
         return memory
     free = torch.cuda.mem_get_info(lm.device)[0] if lm.device.type == "cuda" else psutil.virtual_memory().available
     return int(free) // 2
@@ -274,7 +290,7 @@ def in_walks(lanes: Sequence[Lane], budget: int) -> list[list[Lane]]:
         size = math.prod(lane.shape) * lane.group.run.hidden.element_size()
         if size > budget:
             raise InputError(
-                f"One lane of the sweep takes {size / 2**20:.1f} MiB, but the budget is {budget / 2**20:.1f} MiB. "
+                f"One restored run takes {size:,} bytes of memory, but only {budget:,} are allowed. "
                 "Give it more memory, or take fewer samples."
             )
         if used + size > budget:
