@@ -109,7 +109,7 @@ def measure(name: str, *, facts: int, rounds: int) -> list[str]:
 
 
 HEAD = """\
-| model | way | seconds a fact | times the exact sweep's speed | cells not estimated | max error | rms error | large cells not computed |
+| model | way | seconds a fact | times the sweep's speed | cells not estimated | max error | rms error | large cells estimated |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
