@@ -40,16 +40,15 @@ class Run:
 
         self._below: Tensor = run_below(lm, problem.corrupted, write=problem.corruption())[:, self.start :]
         self.samples = len(self._below)
-        self.layer = 0
         self.begin()
 
     def begin(self) -> None:
         """Back to the first layer."""
-        self.layer, self.hidden, self.above = 0, self._below, self._below
+        self.hidden, self.above = self._below, self._below
 
     def rise(self) -> None:
         """To the next layer: what the engine put into `above` is what enters it."""
-        self.layer, self.hidden = self.layer + 1, self.above
+        self.hidden = self.above
 
     def top_error(self) -> Tensor:
         """By how much the answer's log-probability differs between the model's own logits and those made of its last states."""
