@@ -38,6 +38,7 @@ def footprint(
             "layer": layer,
             "kind": kind,
             "head": pd.NA,
+            "neuron": pd.NA,
             "token": _role(position, len(texts), subject),
             "position": position,
             "text": text,
@@ -48,7 +49,7 @@ def footprint(
         for position, text in enumerate(texts)
         for layer in range(n_layers)
     ]
-    table = pd.DataFrame(rows).astype({"head": "Int64"})
+    table = pd.DataFrame(rows).astype({"head": "Int64", "neuron": "Int64"})
     table["value"] = table["score"] - 0.1
     facts = pd.DataFrame(
         [

@@ -216,6 +216,20 @@ def test_writing_one_head_changes_only_that_head(lm: LM) -> None:
     assert (after.logits - before.logits).abs().max() > 1e-4
 
 
+def test_a_neuron_is_its_column_of_mlp_post(lm: LM) -> None:
+    tokens, last = lm.encode(FACTS), lm.d_mlp - 1
+    neuron = Site(layer=1, kind="mlp_post", neuron=last, token="subject_last")
+    before = run(lm, tokens, read=("L1.mlp_post", neuron))
+    assert before["L1.mlp_post"].shape[-1] == lm.d_mlp
+    where = tokens.at("subject_last")
+    assert before[neuron][:, 0].equal(before["L1.mlp_post"][where][:, last])
+    expected = before["L1.mlp_post"].clone()
+    expected[where, last] = 0
+    assert run(lm, tokens, read=("L1.mlp_post",), write={neuron: torch.zeros(())})["L1.mlp_post"].equal(expected)
+    with pytest.raises(SiteError, match=f"neurons 0 to {last}"):
+        run(lm, tokens, read=(Site(layer=0, kind="mlp_post", neuron=last + 1),))
+
+
 @pytest.mark.parametrize(
     ("kind", "reader"), [("attn_out", "resid_post"), ("mlp_out", "resid_post"), ("resid_post", "resid_post")]
 )

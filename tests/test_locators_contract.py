@@ -91,13 +91,15 @@ def test_every_parameter_says_what_it_is(name: str) -> None:
 def test_the_table_has_the_columns_of_a_footprint_and_their_types(name: str, family: str) -> None:
     table = found(name, family).table
     assert list(table.columns)[: len(FOOTPRINT_COLUMNS)] == list(FOOTPRINT_COLUMNS)
-    assert table["layer"].dtype == table["position"].dtype == "int64"
-    assert table["head"].dtype == "Int64"
+    assert table["layer"].dtype == "int64"
+    assert table["position"].dtype == ("Int64" if table["position"].isna().any() else "int64")
+    assert table["head"].dtype == table["neuron"].dtype == "Int64"
     assert table[["value", "se", "score"]].dtypes.eq("float64").all()
     assert table["value"].notna().all()
     assert table["value"].abs().max() > 0
     assert set(table["kind"]) <= set(KINDS)
-    assert set(table["token"]) <= set(TOKEN_ROLES)
+    assert set(table["token"]) <= {*TOKEN_ROLES, "all"}
+    assert (table["token"] == "all").equals(table["position"].isna())
 
 
 def test_every_row_is_one_place_of_one_fact(name: str, family: str) -> None:
@@ -107,23 +109,29 @@ def test_every_row_is_one_place_of_one_fact(name: str, family: str) -> None:
     for fact in (SAID, ZURICH):
         tokens, rows = lm.encode([fact]), table[table["fact"] == fact.id]
         for row in rows.itertuples():
-            head = None if pd.isna(row.head) else int(row.head)
-            site = Site(layer=int(row.layer), kind=row.kind, token=int(row.position), head=head)
+            head, neuron, position = (
+                None if pd.isna(part) else int(part) for part in (row.head, row.neuron, row.position)
+            )
+            site = Site(layer=int(row.layer), kind=row.kind, token=position, head=head, neuron=neuron)
             assert Site.parse(str(row.site)) == site
-            assert row.token == tokens.roles()[row.position]
-            assert row.text == tokens.texts[0][row.position]
+            assert row.token == ("all" if position is None else tokens.roles()[position])
+            assert row.text == ("" if position is None else tokens.texts[0][position])
             assert 0 <= row.layer < lm.n_layers
 
 
 def test_a_map_has_every_token_and_layer_once(name: str, family: str) -> None:
-    """Unless the locator looks at the tokens of one role only."""
+    """Unless the locator looks at the tokens of one role only, or at none."""
     here, lm = found(name, family), tiny_lm(family)
     for fact in (SAID, ZURICH):
         for kind in here.kinds:
             rows = here.of(fact=fact.id, kind=kind)
+            whole = rows[rows["head"].isna() & rows["neuron"].isna()]
+            if not whole.empty:
+                rows = whole
+                assert not rows.duplicated(["layer", "position"]).any()
             places = rows[["layer", "position"]].drop_duplicates()
-            positions, roles = set(places["position"]), lm.encode([fact]).roles()
-            assert len(places) == lm.n_layers * len(positions)
+            positions, roles = set(places["position"].dropna()), lm.encode([fact]).roles()
+            assert len(places) == len(lm.sites(kind)) * max(1, len(positions))
             chosen = {roles[position] for position in positions}
             assert positions == {i for i, role in enumerate(roles) if role in chosen}
     if name == "CausalTrace":

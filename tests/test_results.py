@@ -32,6 +32,9 @@ def _result(**changes: Any) -> Result:
     )
 
 
+_NONE = pd.Series([pd.NA] * 4, dtype="Int64")
+
+
 def _footprint(
     fact: str = "a", values: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0), kind: str = "mlp_out", **run: Any
 ) -> Footprint:
@@ -42,7 +45,7 @@ def _footprint(
         for layer in (0, 1)
     ]
     table = pd.DataFrame(rows).assign(
-        fact=fact, kind=kind, head=pd.Series([pd.NA] * 4, dtype="Int64"), se=0.0, score=0.5, text=["x", "x", "y", "y"]
+        fact=fact, kind=kind, head=_NONE, neuron=_NONE, se=0.0, score=0.5, text=["x", "x", "y", "y"]
     )
     table["token"] = ["subject_last", "subject_last", "last", "last"]
     table["site"] = [f"L{row.layer}.{kind}@{row.position}" for row in table.itertuples()]
@@ -208,6 +211,29 @@ def test_whatever_changes_the_answer_changes_the_key(change: Mapping[str, Any]) 
 def test_a_footprint_must_have_its_columns() -> None:
     with pytest.raises(ResultError, match="lacks fact, site"):
         Footprint(table=pd.DataFrame({"layer": [0]}), run={})
+
+
+def test_rows_of_heads_and_neurons_are_kept_apart_from_whole_ones() -> None:
+    whole = _footprint(kind="z")
+    heads = [whole.table.assign(head=pd.array([h] * 4, dtype="Int64"), value=whole.table["value"] * h) for h in (1, 2)]
+    only = Footprint(table=pd.concat(heads, ignore_index=True), run=whole.run)
+    both = Footprint(table=pd.concat([whole.table, *heads], ignore_index=True), run=whole.run)
+    assert both.grid(kind="z").equals(whole.grid(kind="z"))
+    assert len(both.heads()) == len(only.heads()) == 8
+    assert both.neurons().empty
+    assert both.profile(kind="z")["value"].to_list() == [3, 4]
+    assert only.profile(kind="z")["value"].to_list() == [6, 8]  # the larger head of the larger token
+    assert only.profile(kind="z", token="subject_last")["value"].to_list() == [2, 4]
+    with pytest.raises(ResultError, match="single heads or neurons"):
+        only.grid(kind="z")
+
+
+def test_what_belongs_to_no_token_has_a_profile_and_no_map() -> None:
+    table = _footprint().table.iloc[:2].assign(position=pd.array([pd.NA, pd.NA], dtype="Int64"), token="all", text="")
+    here = Footprint(table=table, run=_footprint().run)
+    assert here.profile(kind="mlp_out")["value"].to_list() == [1, 2]
+    with pytest.raises(ResultError, match="belongs to no token"):
+        here.grid(kind="mlp_out")
 
 
 def test_a_grid_has_tokens_down_and_layers_across() -> None:

@@ -13,8 +13,8 @@ from workbench.sites import KINDS, ROLES, Role, Site, SiteError, SiteKind, windo
 @pytest.mark.parametrize("token", [None, 0, 12, -1, *ROLES])
 def test_every_site_parses_from_what_it_prints(kind: SiteKind, token: Role | int | None) -> None:
     for layer in (0,) if kind == "embed" else (0, 7, 47):
-        for head in (None, 0, 11) if kind == "z" else (None,):
-            site = Site(layer=layer, kind=kind, token=token, head=head)
+        for part in (None, 0, 11) if kind in ("z", "mlp_post") else (None,):
+            site = Site(layer=layer, kind=kind, token=token, **{"neuron" if kind == "mlp_post" else "head": part})
             assert Site.parse(str(site)) == site
             assert eval(repr(site)) == site
 
@@ -24,6 +24,7 @@ def test_every_site_parses_from_what_it_prints(kind: SiteKind, token: Role | int
     [
         ("L17.mlp_out@subject_last", Site(layer=17, kind="mlp_out", token="subject_last")),
         ("L5.z[3]@last", Site(layer=5, kind="z", head=3, token="last")),
+        ("L5.mlp_post[17]@last", Site(layer=5, kind="mlp_post", neuron=17, token="last")),
         ("L0.resid_pre@4", Site(layer=0, kind="resid_pre", token=4)),
         ("L2.resid_post@-1", Site(layer=2, kind="resid_post", token=-1)),
         ("embed@subject_first", Site(layer=0, kind="embed", token="subject_first")),
@@ -50,6 +51,8 @@ def test_places_that_cannot_exist_are_refused() -> None:
         Site(layer=-1, kind="mlp_out")
     with pytest.raises(SiteError, match="Heads exist at 'z' only"):
         Site(layer=0, kind="mlp_out", head=0)
+    with pytest.raises(SiteError, match="Neurons exist at 'mlp_post' only"):
+        Site(layer=0, kind="z", neuron=0)
     with pytest.raises(SiteError, match="Unknown token role"):
         Site(layer=0, kind="mlp_out", token="subjekt")  # type: ignore[arg-type]
 

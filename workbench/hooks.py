@@ -247,6 +247,8 @@ def _check(lm: LM, site: Site) -> None:
         raise SiteError(f"{site} does not exist: {lm.name} has layers 0 to {lm.n_layers - 1}.")
     if site.head is not None and site.head >= lm.n_heads:
         raise SiteError(f"{site} does not exist: {lm.name} has heads 0 to {lm.n_heads - 1}.")
+    if site.neuron is not None and site.neuron >= lm.d_mlp:
+        raise SiteError(f"{site} does not exist: {lm.name} has neurons 0 to {lm.d_mlp - 1}.")
     lm.sites(site.kind)
 
 
@@ -265,7 +267,7 @@ def _writers(
 
 
 def _apply(lm: LM, site: Site, value: Write, where: Tensor | None, x: Tensor) -> Tensor:
-    """`x` with `value` at the site's tokens and head."""
+    """`x` with `value` at the site's tokens and its head or neuron."""
     columns = _columns(lm, site, x.shape[-1])
     here = x[..., columns]
     if where is not None and where.shape[:2] != x.shape[:2]:
@@ -282,7 +284,7 @@ def _apply(lm: LM, site: Site, value: Write, where: Tensor | None, x: Tensor) ->
             f"A tensor of shape {tuple(new.shape)} cannot be written to {site}. "
             f"Expected one that broadcasts to {tuple(here.shape)}."
         ) from error
-    if site.head is None:
+    if site.part is None:
         return here
     x = x.clone()
     x[..., columns] = here
@@ -290,6 +292,8 @@ def _apply(lm: LM, site: Site, value: Write, where: Tensor | None, x: Tensor) ->
 
 
 def _columns(lm: LM, site: Site, width: int) -> slice:
+    if site.neuron is not None:
+        return slice(site.neuron, site.neuron + 1)
     if site.head is None:
         return slice(None)
     d_head = width // lm.n_heads
@@ -297,7 +301,7 @@ def _columns(lm: LM, site: Site, width: int) -> slice:
 
 
 def _pick(lm: LM, tokens: Tokens, site: Site, x: Tensor) -> Tensor:
-    """What was asked for of a whole activation: its head, its token."""
+    """What was asked for of a whole activation: its head or neuron, its token."""
     x = x[..., _columns(lm, site, x.shape[-1])]
     if site.token is None:
         return x

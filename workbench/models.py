@@ -196,6 +196,12 @@ class LM:
         unembed: nn.Module = self.model.get_output_embeddings()
         return unembed
 
+    @cached_property
+    def d_mlp(self) -> int:
+        """How many neurons the MLP of a block has: the width of `mlp_post`."""
+        down = self.part(0, self.layout.down_proj)
+        return int(down.in_features if isinstance(down, nn.Linear) else down.get_parameter("weight").shape[0])
+
     def part(self, layer: int, path: str) -> nn.Module:
         """The module at `path` in block `layer`, e.g. `lm.part(3, lm.layout.down_proj)`."""
         part: nn.Module = self.blocks[layer].get_submodule(path)

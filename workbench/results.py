@@ -25,12 +25,14 @@ import pandas as pd
 from workbench.errors import InputError
 
 FOOTPRINT_COLUMNS = (
-    "fact", "site", "layer", "kind", "head", "token", "position", "text", "value", "se", "score",
+    "fact", "site", "layer", "kind", "head", "neuron", "token", "position", "text", "value", "se", "score",
 )  # fmt: skip
 """Columns of every footprint:
 
-- `fact`: id; `site`: as `str(Site)` at this position; `layer` (0-based), `kind`, `head` (or none): its parts
-- `token`: role of the token; `position`: its place in the prompt, from 0; `text`: the token itself
+- `fact`: id; `site`: as `str(Site)` at this position; `layer` (0-based), `kind`: its parts
+- `head`, `neuron`: where the row is one attention head or one MLP neuron; a row with neither is a *whole* row
+- `token`: role of the token; `position`: its place in the prompt, from 0; `text`: the token itself. What belongs to no token has
+  `all`, none and an empty text
 - `value`: the effect there, in the unit the manifest names; `se`: its standard error, where there are samples
 - `score`: the raw score from which `value` was taken, where there is one
 """
@@ -150,23 +152,52 @@ class Footprint(Result):
         Raises:
             ResultError: there is no such row.
         """
-        rows: pd.DataFrame = self.table
-        if fact is not None:
-            rows = rows[rows["fact"] == fact]
-        if kind is not None:
-            rows = rows[rows["kind"] == kind]
+        rows = self._of(fact, kind)
         if rows.empty:
             raise ResultError(
                 f"There is no row for fact {fact!r} and kind {kind!r}. "
                 f"Facts: {', '.join(self.facts[:5])}...; kinds: {', '.join(self.kinds)}."
             )
-        chosen: pd.DataFrame = rows
-        return chosen
+        return rows
+
+    def _of(self, fact: str | None, kind: str | None) -> pd.DataFrame:
+        rows: pd.DataFrame = self.table
+        for column, value in (("fact", fact), ("kind", kind)):
+            rows = rows if value is None else rows.loc[rows[column] == value]
+        return rows
+
+    def whole(self, *, fact: str | None = None, kind: str | None = None) -> pd.DataFrame:
+        """The rows that stand for all heads or all neurons of a site together.
+
+        Raises:
+            ResultError: there is no such row.
+        """
+        rows = self.of(fact=fact, kind=kind)
+        whole: pd.DataFrame = rows[rows["head"].isna() & rows["neuron"].isna()]
+        if whole.empty:
+            raise ResultError(f"The rows of {kind!r} are single heads or neurons. Use heads() or neurons().")
+        return whole
+
+    def heads(self, *, fact: str | None = None, kind: str = "z") -> pd.DataFrame:
+        """The rows of single attention heads; none, where the method looked at none."""
+        rows: pd.DataFrame = self._of(fact, kind).dropna(subset="head")
+        return rows
+
+    def neurons(self, *, fact: str | None = None, kind: str = "mlp_post") -> pd.DataFrame:
+        """The rows of single MLP neurons; none, where the method looked at none."""
+        rows: pd.DataFrame = self._of(fact, kind).dropna(subset="neuron")
+        return rows
 
     def grid(self, *, kind: str, fact: str | None = None, column: str = "value") -> pd.DataFrame:
-        """A map of one fact: positions down, layers across (0-based). The only fact, where none is named."""
-        fact = self._only(fact)
-        grid: pd.DataFrame = self.of(fact=fact, kind=kind).pivot(index="position", columns="layer", values=column)
+        """A map of one fact: positions down, layers across (0-based), whole rows only. The only fact, where none is named.
+
+        Raises:
+            ResultError: there is no such row, or none that belongs to a token.
+        """
+        rows = self.whole(fact=self._only(fact), kind=kind)
+        if rows["position"].isna().any():
+            raise ResultError(f"{self.run.get('what')} belongs to no token, so it has no map. Use profile().")
+        grid: pd.DataFrame = rows.pivot(index="position", columns="layer", values=column)
         return grid
 
     def tokens(self, fact: str | None = None) -> pd.DataFrame:
@@ -178,14 +209,23 @@ class Footprint(Result):
     def profile(self, *, kind: str, token: str | None = None) -> pd.DataFrame:
         """The effect by layer: per fact the mean over the tokens of a role (default: the maximum over tokens), then over facts.
 
+        From whole rows; where there are none, from each token's largest head or neuron.
+
         Returns:
             A table with layer, value (mean over facts), se (over facts) and n (facts).
         """
-        rows = self.of(kind=kind)
+        rows: pd.DataFrame = self.of(kind=kind)
+        whole = rows[rows["head"].isna() & rows["neuron"].isna()]
+        if whole.empty:
+            places = rows.groupby(["fact", "layer", "token", "position"], dropna=False)
+            rows = places["value"].max().reset_index()
+        else:
+            rows = whole
         if token is not None:
             rows = rows[rows["token"] == token]
         per_fact = rows.groupby(["fact", "layer"])["value"].agg("mean" if token else "max")
-        return per_fact.groupby("layer").agg(value="mean", se="sem", n="count").reset_index()
+        profile: pd.DataFrame = per_fact.groupby("layer").agg(value="mean", se="sem", n="count").reset_index()
+        return profile
 
     def peak(self, *, kind: str, fact: str | None = None) -> pd.Series:
         """The row with the largest value of a fact's map."""

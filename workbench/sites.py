@@ -1,6 +1,7 @@
 """Where in a transformer something is read or written, and how that is spelled.
 
-Grammar of a site: `L17.mlp_out@subject_last`, `L5.z[3]@last`, `L0.resid_pre@4`, `embed@subject_first`, `L3.attn_out`.
+Grammar of a site: `L17.mlp_out@subject_last`, `L5.z[3]@last` (a head), `L5.mlp_post[17]@last` (a neuron), `L0.resid_pre@4`,
+`embed@subject_first`, `L3.attn_out`.
 Layers are 0-based. Kinds are TransformerLens' hook names without their prefix.
 """
 
@@ -44,8 +45,11 @@ TOKEN_ROLES: tuple[Role, ...] = (
 """The roles that divide a prompt: every token has exactly one (`Tokens.roles`)."""
 
 _GRAMMAR = re.compile(
-    r"(?:L(?P<layer>\d{1,6})\.)?(?P<kind>[a-z_]+)(?:\[(?P<head>\d{1,6})\])?(?:@(?P<token>[a-z_]+|-?\d{1,6}))?", re.ASCII
+    r"(?:L(?P<layer>\d{1,6})\.)?(?P<kind>[a-z_]+)(?:\[(?P<part>\d{1,6})\])?(?:@(?P<token>[a-z_]+|-?\d{1,6}))?", re.ASCII
 )
+
+_PARTS = {"z": "head", "mlp_post": "neuron"}
+"""What a number in brackets counts."""
 
 
 class SiteError(InputError):
@@ -57,7 +61,7 @@ class Site:
     """One place in a model. Sites sort by layer, then in the order of `KINDS`, all tokens before positions before roles.
 
     Raises:
-        SiteError: an unknown kind or role, a head outside of `z`, or a negative layer.
+        SiteError: an unknown kind or role, a head outside of `z`, a neuron outside of `mlp_post`, or a negative layer.
     """
 
     layer: int
@@ -72,6 +76,9 @@ class Site:
     head: int | None = None
     """0-based attention head, for `z` only; None for all heads together."""
 
+    neuron: int | None = None
+    """0-based MLP neuron, for `mlp_post` only; None for all neurons together."""
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SiteError(f"Unknown kind {self.kind!r}. Use one of {', '.join(KINDS)}.")
@@ -81,6 +88,13 @@ class Site:
             raise SiteError(f"Unknown token role {self.token!r}. Use a position or one of {', '.join(ROLES)}.")
         if self.head is not None and self.kind != "z":
             raise SiteError(f"A head was given for {self.kind!r}. Heads exist at 'z' only.")
+        if self.neuron is not None and self.kind != "mlp_post":
+            raise SiteError(f"A neuron was given for {self.kind!r}. Neurons exist at 'mlp_post' only.")
+
+    @property
+    def part(self) -> int | None:
+        """The head or the neuron, whichever the kind has; None for the whole."""
+        return self.neuron if self.head is None else self.head
 
     def __lt__(self, other: Site) -> bool:
         return self._order < other._order
@@ -94,12 +108,12 @@ class Site:
             if isinstance(self.token, str)
             else (1, self.token)
         )
-        return self.layer, KINDS.index(self.kind), *token, -1 if self.head is None else self.head
+        return self.layer, KINDS.index(self.kind), *token, -1 if self.part is None else self.part
 
     def __str__(self) -> str:
         place = self.kind if self.kind == "embed" else f"L{self.layer}.{self.kind}"
-        head = "" if self.head is None else f"[{self.head}]"
-        return place + head + ("" if self.token is None else f"@{self.token}")
+        part = "" if self.part is None else f"[{self.part}]"
+        return place + part + ("" if self.token is None else f"@{self.token}")
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -112,10 +126,11 @@ class Site:
         if match is None or (match["layer"] is None) != (match["kind"] == "embed"):
             raise SiteError(f"{text!r} is no site. Write it like 'L17.mlp_out@subject_last' or 'embed@last'.")
         token = match["token"]
+        part = {} if match["part"] is None else {_PARTS.get(match["kind"], "head"): int(match["part"])}
         return cls(
             layer=int(match["layer"] or 0),
             kind=match["kind"],  # type: ignore[arg-type]  # checked in __post_init__
-            head=None if match["head"] is None else int(match["head"]),
+            **part,
             token=int(token) if token and token.lstrip("-").isdigit() else token,  # type: ignore[arg-type]
         )
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import psutil
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from typing_extensions import Self
 
 from workbench.checks import self_checks
@@ -87,6 +89,15 @@ class Locator(ABC):
         return manifest(
             type(self).__name__, model=lm.protocol, parameters=self, facts=[fact], self_checks=self_checks(lm), **more
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronLocator(Locator):
+    """A locating method that gives every MLP neuron of a model a score."""
+
+    @abstractmethod
+    def neuron_scores(self, lm: LM, fact: Fact) -> Float[Tensor, "layer d_mlp"]:
+        """How much each neuron has to do with a fact; larger is more."""
 
 
 def locate(

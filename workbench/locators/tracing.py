@@ -15,12 +15,13 @@ from typing_extensions import Self
 from workbench.facts import Fact, FactError
 from workbench.hooks import Activations, run
 from workbench.locators.base import Locator
+from workbench.locators.tables import fact_row, site_rows
 from workbench.metrics import Answer, Score, ScoreKind
 from workbench.models import LM, Tokens
 from workbench.noise import Noise, draw, prompt_sigma, subject_sigma
 from workbench.restoring import Cell, Restoration, Restored
 from workbench.results import Footprint
-from workbench.sites import KINDS, Role, Site, SiteKind, window
+from workbench.sites import KINDS, Role, SiteKind, window
 
 MOST_SAMPLES = 10_000
 """More noise samples than anybody needs; a slip of the keyboard should not fill the memory."""
@@ -162,26 +163,22 @@ class Tracing(Locator):
         if restored.estimated is not None and restored.estimate is not None:
             table["estimated"] = restored.estimated[mine].cpu().numpy()
             table["estimate"] = self._sign * restored.estimate[mine].cpu().numpy()
-        row = {
-            "fact": fact.id,
-            "prompt": fact.text,
-            "subject": fact.subject,
-            "answer": answer.text,
-            "answer_ids": " ".join(map(str, answer.ids)),
-            "foil": answer.foil_text,
-            "said": lm.word(experiment.said).strip(),
-            "correct": experiment.said == answer.ids[0],
-            "clean": clean,
-            "corrupted": low.mean(),
-            "corrupted_se": _standard_error(low[None])[0],
-            "total_effect": self._sign * (clean - low.mean()),
-            "sigma": np.nan if experiment.sigma is None else experiment.sigma,
-            "corrupted_prompt": "" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
-        }
+        facts = fact_row(
+            lm,
+            fact,
+            answer,
+            said=experiment.said,
+            clean=clean,
+            corrupted=low.mean(),
+            corrupted_se=_standard_error(low[None])[0],
+            total_effect=self._sign * (clean - low.mean()),
+            sigma=np.nan if experiment.sigma is None else experiment.sigma,
+            corrupted_prompt="" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
+        )
         return Footprint(
             table=table,
             run=self._manifest(lm, fact, sigma=experiment.sigma, unit=self._unit, engine=restored.engine),
-            extras={"facts": pd.DataFrame([row]), "samples": samples},
+            extras={"facts": facts, "samples": samples},
         )
 
     @property
@@ -261,22 +258,16 @@ class Tracing(Locator):
         self, fact: Fact, tokens: Tokens, cells: Sequence[Cell], scores: np.ndarray, low: np.ndarray
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The footprint's rows, and every sample's score."""
-        roles, texts = tokens.roles(), tokens.texts[0]
         effects = self._sign * (scores - low)
-        table = pd.DataFrame(
-            {
-                "fact": fact.id,
-                "site": [str(Site(layer=cell.layer, kind=cell.kind, token=cell.position)) for cell in cells],
-                "layer": [cell.layer for cell in cells],
-                "kind": [cell.kind for cell in cells],
-                "head": pd.Series([pd.NA] * len(cells), dtype="Int64"),
-                "token": [roles[cell.position] for cell in cells],
-                "position": [cell.position for cell in cells],
-                "text": [texts[cell.position] for cell in cells],
-                "value": np.nanmean(effects, 1),
-                "se": _standard_error(effects),
-                "score": np.nanmean(scores, 1),
-            }
+        table = site_rows(
+            fact,
+            tokens,
+            kind=[cell.kind for cell in cells],
+            layer=[cell.layer for cell in cells],
+            position=[cell.position for cell in cells],
+            value=np.nanmean(effects, 1),
+            se=_standard_error(effects),
+            score=np.nanmean(scores, 1),
         )
         n = scores.shape[1]
         samples = pd.DataFrame(
