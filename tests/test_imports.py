@@ -33,6 +33,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.zoo",
     ),
     2: (
+        "workbench.directions",
         "workbench.drawing",
         "workbench.export",
         "workbench.gradients",
