@@ -11,7 +11,7 @@ from plotly.graph_objects import Figure
 from analyses.explore_fact import Lens, Look, default_site, doubt, lens_at, look, numbers_at, planted_band
 from pages import _parts as parts
 from workbench import drawing, export, paper, plots
-from workbench.asked import AskedTrace, StoredTrace
+from workbench.asked import Asked, Stored
 from workbench.errors import InputError
 from workbench.forms import FormField
 from workbench.jobs import Job
@@ -55,7 +55,7 @@ KINDS = {"resid_post": "state after the block", "mlp_out": "MLP output", "attn_o
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def show_inputs() -> AskedTrace | None:
+def show_inputs() -> Asked | None:
     """The question as the widgets have it; None where it cannot be asked, with one sentence why."""
     left, right = st.columns([1, 2], gap="medium")
     with left:
@@ -73,7 +73,7 @@ def show_inputs() -> AskedTrace | None:
         except InputError as error:
             parts.show_error(error)
             return None
-    return AskedTrace(model=choice.name, dtype=choice.dtype, fact=fact, options=options)
+    return Asked(model=choice.name, dtype=choice.dtype, fact=fact, options=options)
 
 
 def option_fields() -> tuple[FormField, ...]:
@@ -91,7 +91,7 @@ def show_options() -> dict[str, Any]:
 
 def show_earlier() -> None:
     """A button for every trace that was asked before."""
-    listed = parts.earlier_traces()
+    listed = parts.earlier("CausalTrace")
     if not listed:
         st.caption("None yet. Every trace is kept and can be opened here again.")
     with st.container(height=380 if len(listed) > 8 else "content", border=False, width=520):
@@ -110,18 +110,18 @@ def show_earlier() -> None:
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
-def look_cached(_lm: LM, _asked: AskedTrace, weights: str, key: str) -> Look:
+def look_cached(_lm: LM, _asked: Asked, weights: str, key: str) -> Look:
     """What the model says after the prompt, computed once for each question."""
     return look(_lm, _asked.fact)
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
-def lens_cached(_lm: LM, _asked: AskedTrace, weights: str, key: str, site: str) -> Lens:
+def lens_cached(_lm: LM, _asked: Asked, weights: str, key: str, site: str) -> Lens:
     """The logit lens at one site, computed once."""
     return lens_at(_lm, _asked.fact, site=Site.parse(site))
 
 
-def check_question(asked: AskedTrace, lm: LM) -> tuple[Look | None, str]:
+def check_question(asked: Asked, lm: LM) -> tuple[Look | None, str]:
     """What the model says, and what is wrong with the question (empty: nothing), before any long work."""
     try:
         seen = look_cached(lm, asked, lm.weight_hash, asked.key)
@@ -132,12 +132,12 @@ def check_question(asked: AskedTrace, lm: LM) -> tuple[Look | None, str]:
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
-def check_cached(_lm: LM, _asked: AskedTrace, weights: str, key: str) -> None:
+def check_cached(_lm: LM, _asked: Asked, weights: str, key: str) -> None:
     """Raises where the options cannot be used; computed once."""
-    _asked.trace(_lm)
+    _asked.locator(_lm)
 
 
-def start(asked: AskedTrace) -> None:
+def start(asked: Asked) -> None:
     """Queues the trace; for the button."""
     store = parts.store()
     parts.workshop().submit(
@@ -145,7 +145,7 @@ def start(asked: AskedTrace) -> None:
     )
 
 
-def show_action(asked: AskedTrace, stored: StoredTrace | None, *, ready: bool, stale: bool) -> None:
+def show_action(asked: Asked, stored: Stored | None, *, ready: bool, stale: bool) -> None:
     """The button that starts the trace, or what became of it."""
     job = parts.workshop().find(asked.key)
     if parts.is_running(asked):
@@ -175,7 +175,7 @@ def show_action(asked: AskedTrace, stored: StoredTrace | None, *, ready: bool, s
 # -- the answer --------------------------------------------------------------------------------------------------------
 
 
-def show_headline(asked: AskedTrace, footprint: Footprint | None, seen: Look | None) -> None:
+def show_headline(asked: Asked, footprint: Footprint | None, seen: Look | None) -> None:
     """The sentence, what the model says, and how far the corruption took it down."""
     told = drawing.fact_row(footprint, None) if footprint is not None else {}
     answer = str(told.get("answer") or (seen.answer if seen else asked.fact.target_true) or "…")
@@ -271,7 +271,7 @@ def map_cached(
     return plots.heatmap(_footprint, kind=kind, theme=theme, vmin=low, vmax=high, planted=_band)
 
 
-def show_maps(asked: AskedTrace, footprint: Footprint) -> None:
+def show_maps(asked: Asked, footprint: Footprint) -> None:
     """The heatmaps. A click on a cell puts its site into the session and into the URL."""
     band = planted_band(asked.model)
     shared = st.toggle(
@@ -310,7 +310,7 @@ def pick_site(key: str) -> None:
         st.query_params["site"] = st.session_state["site"]
 
 
-def show_site(asked: AskedTrace, footprint: Footprint, lm: LM | None) -> None:
+def show_site(asked: Asked, footprint: Footprint, lm: LM | None) -> None:
     """The cell that was clicked: its numbers, every noise sample, and the logit lens."""
     chosen = st.session_state.get("site") or st.query_params.get("site")
     try:
@@ -366,7 +366,7 @@ def show_site(asked: AskedTrace, footprint: Footprint, lm: LM | None) -> None:
             show_lens(asked, site, lm)
 
 
-def show_lens(asked: AskedTrace, site: Site, lm: LM | None) -> None:
+def show_lens(asked: Asked, site: Site, lm: LM | None) -> None:
     """What the final norm and the unembedding read at a site."""
     st.markdown(
         "**Logit lens**",
@@ -390,7 +390,7 @@ def show_lens(asked: AskedTrace, site: Site, lm: LM | None) -> None:
     )
 
 
-def show_downloads(asked: AskedTrace, footprint: Footprint) -> None:
+def show_downloads(asked: Asked, footprint: Footprint) -> None:
     """Files of this trace, each with its protocol inside."""
     name = parts.file_name(asked)
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -452,7 +452,7 @@ def show_page() -> None:
             show_downloads(asked, footprint)
 
 
-def show_wrong(asked: AskedTrace, wrong: str, *, is_model: bool) -> None:
+def show_wrong(asked: Asked, wrong: str, *, is_model: bool) -> None:
     """What is wrong with the model or the question, if anything."""
     if not wrong:
         return

@@ -16,7 +16,7 @@ from streamlit import config
 from streamlit.errors import StreamlitAPIException
 
 from workbench import zoo
-from workbench.asked import AskedTrace, Listed, find_trace, list_traces
+from workbench.asked import Asked, Listed, find_stored, list_asked
 from workbench.facts import Fact
 from workbench.forms import FormField, form_of
 from workbench.jobs import Job, ModelChoice, Status, Workshop
@@ -96,15 +96,16 @@ def _fact_label(fact: Fact) -> str:
 
 @st.cache_data(show_spinner=False, max_entries=4)
 def _listed(folders: Sequence[tuple[str, int]]) -> list[Listed]:
-    """`list_traces`, read again when a folder has changed."""
-    return list_traces(store())
+    """`list_asked`, read again when a folder has changed."""
+    return list_asked(store())
 
 
-def earlier_traces() -> list[Listed]:
-    """What was asked before, the newest first."""
+def earlier(method: str = "") -> list[Listed]:
+    """What was asked before, the newest first: of one method, or of all."""
     here = store()
     folders = [folder for folder in (here.folder, here.bundled) if folder is not None and folder.is_dir()]
-    return _listed([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    listed = _listed([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    return [one for one in listed if method in ("", one.asked.method)]
 
 
 def theme() -> Theme:
@@ -117,7 +118,7 @@ def theme() -> Theme:
 
 def choose_model() -> ModelChoice:
     """The model and its precision."""
-    used = [listed.asked.model for listed in earlier_traces()]
+    used = [listed.asked.model for listed in earlier()]
     typed = [name for name in (st.session_state.get("model"), st.query_params.get("model")) if name]
     name = st.selectbox(
         "Model",
@@ -269,7 +270,7 @@ def method_fields(module: str, name: str, only: tuple[str, ...], empty: tuple[st
     return tuple(replace(fields[one], default=None) if one in empty else fields[one] for one in only)
 
 
-def go_to(asked: AskedTrace) -> None:
+def go_to(asked: Asked) -> None:
     """Has the page show a question, at its next run; for callbacks, of fragments too."""
     st.session_state["going_to"] = asked
 
@@ -348,13 +349,13 @@ def moment(jobs: Sequence[Job[Any]]) -> tuple[Any, ...]:
     return tuple((str(job.key), job.status.state, job.status.rounds) for job in jobs)
 
 
-def trace_label(asked: AskedTrace) -> str:
+def trace_label(asked: Asked) -> str:
     """A question in a few words, as markdown."""
     changed = ", ".join(f"{name} {value}" for name, value in asked.options.items())
     return plain(f"{asked.fact.subject} on {asked.model}" + (f" ({changed})" if changed else ""))
 
 
-def file_name(asked: AskedTrace) -> str:
+def file_name(asked: Asked) -> str:
     """A name for downloads: of letters, digits and dashes."""
     return re.sub(r"[^\w]+", "-", f"trace {asked.fact.subject} {asked.model.rpartition('/')[2]}").strip("-").lower()
 
@@ -369,7 +370,7 @@ def layer_range(layers: range) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
-def choice_of(asked: AskedTrace) -> ModelChoice:
+def choice_of(asked: Asked) -> ModelChoice:
     """The model a question is about."""
     return ModelChoice(name=asked.model, dtype=asked.dtype)
 
@@ -396,7 +397,7 @@ def show_jobs(current: str, watched: Sequence[Job[Any]]) -> None:
     st.fragment(_strip, run_every=0.5 if active else None)(current, watched, drawn)
 
 
-def is_running(asked: AskedTrace) -> bool:
+def is_running(asked: Asked) -> bool:
     """Whether a worker is at this question, or will be."""
     job = workshop().find(asked.key)
     return job is not None and not job.status.over
@@ -436,6 +437,6 @@ def _show_running(job: Job[Any], status: Status) -> None:
 
 def _show_button(job: Job[Any]) -> None:
     """A button that goes to a job's question, where that is stored already."""
-    stored = find_trace(store(), str(job.key))
+    stored = find_stored(store(), str(job.key))
     if stored is not None:
         st.button("Show", key=f"show-{job.key}", on_click=go_to, args=(stored.asked,))

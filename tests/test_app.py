@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from tests.examples import fresh_lm, tiny_lm
 from workbench import zoo
-from workbench.asked import AskedTrace
+from workbench.asked import Asked
 from workbench.facts import Fact
 from workbench.store import Store
 from workbench.zoo import examples
@@ -91,7 +91,7 @@ def errors(app: AppTest) -> list[str]:
 
 def test_a_first_visit_shows_a_finished_example_before_any_model_is_loaded(tmp_path: Path) -> None:
     fact = next(fact for fact in zoo.load_facts(zoo.NAMES[0]) if fact.id == examples.FACTS[0])
-    asked = AskedTrace(model=zoo.NAMES[0], fact=fact)
+    asked = Asked(model=zoo.NAMES[0], fact=fact)
     asked.compute(tiny_lm("gpt2"), Store(folder=tmp_path / "examples"))
     app = open_app()
     assert not app.exception
@@ -128,7 +128,7 @@ def test_a_trace_from_the_button_to_the_maps_and_again_from_its_address(tiny_fol
 
 def test_an_earlier_trace_fills_the_form(tiny_folder: Path, results: Path) -> None:
     fact = Fact.typed(text="The Eiffel Tower is near the Eiffel Tower", subject="Eiffel Tower", occurrence="first")
-    asked = AskedTrace(model=str(tiny_folder), fact=fact, options={"samples": 2, "noise": "u0.5", "seed": 3})
+    asked = Asked(model=str(tiny_folder), fact=fact, options={"samples": 2, "noise": "u0.5", "seed": 3})
     asked.compute(fresh_lm("gpt2"), Store(folder=results))
     app = open_app(model=tiny_folder)
     assert maps(app) == 0
@@ -237,7 +237,7 @@ def test_an_unknown_fact_is_said() -> None:
 def test_a_swapped_and_severed_trace_says_so(tiny_folder: Path, results: Path) -> None:
     other = "Tower Eiffel"
     options = {"corrupt": "swap", "substitutes": (other,), "sever": "mlp_out"}
-    asked = AskedTrace(model=str(tiny_folder), fact=Fact.typed(text=SENTENCE, subject="Eiffel Tower"), options=options)
+    asked = Asked(model=str(tiny_folder), fact=Fact.typed(text=SENTENCE, subject="Eiffel Tower"), options=options)
     asked.compute(fresh_lm("gpt2"), Store(folder=results))
     app = open_app(
         model=tiny_folder, prompt=SENTENCE, subject="Eiffel Tower", corrupt="swap", sever="mlp_out", substitutes=other

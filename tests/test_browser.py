@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests.examples import fresh_lm
 from workbench import zoo
-from workbench.asked import AskedTrace
+from workbench.asked import Asked
 from workbench.facts import Fact
 from workbench.store import Store
 
@@ -264,10 +264,10 @@ def test_the_url_of_an_earlier_trace_is_that_trace(open_tab: Callable[..., Page]
     kept, lm = Store(folder=server.results), fresh_lm("gpt2")
     fact = next(fact for fact in zoo.load_facts("organism-plain") if fact.id == "landmark_city/Eiffel Tower")
     twice = Fact.typed(text="The Big Ben is nearer than Big Ben", subject="Big Ben", occurrence="first")
-    known = AskedTrace(model="organism-plain", fact=fact, options={"samples": 2, "substitutes": ("London",)})
-    plain = AskedTrace(model="organism-mid", fact=fact, options={"samples": 3})
-    own = AskedTrace(model="organism-mid", fact=twice, options={"samples": 2, "noise": "u0.5", "replace": True})
-    bare = AskedTrace(model="organism-mid", fact=Fact.typed(text="The Big Ben is in", subject="Big Ben"))
+    known = Asked(model="organism-plain", fact=fact, options={"samples": 2, "substitutes": ("London",)})
+    plain = Asked(model="organism-mid", fact=fact, options={"samples": 3})
+    own = Asked(model="organism-mid", fact=twice, options={"samples": 2, "noise": "u0.5", "replace": True})
+    bare = Asked(model="organism-mid", fact=Fact.typed(text="The Big Ben is in", subject="Big Ben"))
     for asked in (known, plain, own, bare):
         asked.compute(lm, kept)
     made = server.pieces()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.examples import EIFFEL, tiny_lm
-from workbench.asked import AskedTrace, list_traces
+from workbench.asked import Asked, list_asked
 from workbench.errors import InputError
 from workbench.jobs import Job, ModelChoice, Workshop
 from workbench.layouts import ModelError
@@ -233,7 +233,7 @@ def test_closing_stops_what_runs() -> None:
 
 
 def test_a_stopped_trace_keeps_its_finished_maps_and_goes_on_from_there(tmp_path: Path) -> None:
-    store, asked = Store(folder=tmp_path), AskedTrace(model="tiny", fact=EIFFEL, options={"samples": 2})
+    store, asked = Store(folder=tmp_path), Asked(model="tiny", fact=EIFFEL, options={"samples": 2})
     shop = Workshop(lambda choice: tiny_lm("gpt2"))
 
     class StoppingStore(Store):
@@ -269,12 +269,12 @@ def test_a_stopped_trace_keeps_its_finished_maps_and_goes_on_from_there(tmp_path
     assert stored.footprint.run["made"] == before[0]
     assert (tmp_path / _piece(store, asked, "resid_post")).stat().st_mtime_ns == before[1]
     assert stored.asked == asked
-    assert [listed.asked for listed in list_traces(store)] == [asked]
+    assert [listed.asked for listed in list_asked(store)] == [asked]
     shop.close()
 
 
-def _piece(store: Store, asked: AskedTrace, kind: str) -> str:
+def _piece(store: Store, asked: Asked, kind: str) -> str:
     """The folder of one stored map."""
     question = store.get(asked.key, Result)
     assert question is not None
-    return str(question.table.set_index("kind").loc[kind, "key"])
+    return str(question.table.set_index("part").loc[kind, "key"])

@@ -12,7 +12,7 @@ import torch
 
 from tests.examples import EIFFEL, fresh_lm, tiny_lm
 from tests.tiny_models import tiny_tokenizer
-from workbench.asked import list_traces
+from workbench.asked import WHAT, list_asked
 from workbench.facts import FactError
 from workbench.hooks import patched
 from workbench.locators import locate
@@ -105,9 +105,9 @@ def test_a_manifest_of_another_shape_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(text)
     assert Store(folder=tmp_path).manifests() == []
-    for run in ({"what": "asked trace"}, {"what": "asked trace", "parameters": {}, "facts": []}):
+    for run in ({"what": WHAT}, {"what": WHAT, "parameters": {}, "facts": []}):
         (tmp_path / "a" / "run.json").write_text(json.dumps(run))
-        assert list_traces(Store(folder=tmp_path)) == []
+        assert list_asked(Store(folder=tmp_path)) == []
 
 
 def test_the_same_weights_under_another_config_or_tokenizer_are_another_question(tmp_path: Path) -> None:

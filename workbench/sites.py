@@ -147,6 +147,6 @@ def window(centre: int, width: int, n_layers: int, *, rule: Literal["rome", "pap
     return range(max(0, centre - below), min(n_layers, centre + above))
 
 
-def default_window(n_layers: int) -> int:
-    """ROME's window of 10 for models of 24 layers and more, 3 for smaller ones, where 10 would cover most of the model."""
-    return 10 if n_layers >= 24 else 3
+def default_window(n_layers: int, published: int = 10) -> int:
+    """A paper's window (ROME's: 10) for models of 24 layers and more; at most 3 for smaller ones, where 10 would cover most of them."""
+    return published if n_layers >= 24 else min(published, 3)

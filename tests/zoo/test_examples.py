@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from workbench import zoo
-from workbench.asked import AskedTrace
+from workbench.asked import Asked
 from workbench.loading import load
 from workbench.store import Store
 from workbench.zoo.examples import FACTS, FOLDER
@@ -15,7 +15,7 @@ from workbench.zoo.examples import FACTS, FOLDER
 def test_the_example_is_whole_and_of_these_weights(name: str) -> None:
     model = zoo.NAMES[0]
     fact = next(fact for fact in zoo.load_facts(model) if fact.id == name)
-    stored = AskedTrace(model=model, fact=fact).find(Store(folder=FOLDER))
+    stored = Asked(model=model, fact=fact).find(Store(folder=FOLDER))
     assert stored is not None
     assert stored.footprint is not None
     assert not stored.missing

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ from workbench.hooks import is_patched
 from workbench.models import LM
 from workbench.progress import track
 from workbench.results import Footprint, join, manifest
+from workbench.sites import default_window
 from workbench.store import Store
 
 
@@ -55,6 +56,24 @@ class Locator(ABC):
             ModelError: the model cannot run this method.
         """
         return locate(self, lm, facts, memory=memory)
+
+    @classmethod
+    def fitted(cls, lm: LM, **options: Any) -> Self:
+        """The method with these options, and with defaults that fit the model: a window of layers is `default_window`.
+
+        Raises:
+            FactError: there is no such option, or it cannot have this value.
+        """
+        check_options(cls, options)
+        published = getattr(cls, "window", None)
+        if published is not None:
+            options = {"window": default_window(lm.n_layers, published), **options}
+        return cls(**options)
+
+    @property
+    def part_name(self) -> str:
+        """What this part computes, e.g. a kind of sites, for a person."""
+        return "the rest"
 
     @abstractmethod
     def locate_together(
@@ -98,6 +117,14 @@ class NeuronLocator(Locator):
     @abstractmethod
     def neuron_scores(self, lm: LM, fact: Fact) -> Float[Tensor, "layer d_mlp"]:
         """How much each neuron has to do with a fact; larger is more."""
+
+
+def check_options(cls: type[Locator], options: Mapping[str, Any]) -> None:
+    """Raises FactError where a method has no option of a name."""
+    unknown = sorted(set(options) - {field.name for field in fields(cls)})
+    if unknown:
+        names = ", ".join(field.name for field in fields(cls))
+        raise FactError(f"{cls.__name__} has no option {', '.join(unknown)}. It has {names}.")
 
 
 def locate(

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from typing_extensions import Self
+
 from workbench.facts import FactError
 from workbench.locators.tracing import Experiment, Tracing
 from workbench.models import LM
@@ -72,6 +74,12 @@ class CausalTrace(Tracing):
         if self.screen is not None and (self.score == "rank" or self.sever != "none"):
             what = "A rank has no gradient" if self.score == "rank" else "A severed path has no gradient of its own"
             raise FactError(f"{what}, so there is nothing to screen by. Leave out screen.")
+
+    @classmethod
+    def fitted(cls, lm: LM, **options: Any) -> Self:
+        """See `Locator.fitted`; and all maps but the severed one."""
+        kinds = tuple(kind for kind in cls.kinds if kind != options.get("sever"))
+        return super().fitted(lm, **{"kinds": kinds, **options})
 
     def facts_at_once(self, lm: LM) -> int:
         """Several on a GPU, where one fact's matrices are small; on a CPU one at a time is faster."""

@@ -129,6 +129,11 @@ class Tracing(Locator):
         """One trace for each kind."""
         return tuple(replace(self, kinds=(kind,)) for kind in self.kinds)
 
+    @property
+    def part_name(self) -> str:
+        """The kinds of sites that are restored."""
+        return ", ".join(self.kinds)
+
     def locate_together(
         self, lm: LM, pieces: Sequence[tuple[Fact, Self]], *, memory: int | None = None
     ) -> list[Footprint]:

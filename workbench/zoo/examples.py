@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from workbench import zoo
-from workbench.asked import AskedTrace
+from workbench.asked import Asked
 from workbench.store import Store
 
 FOLDER = Path(__file__).parent / "examples"
@@ -27,7 +27,7 @@ FACTS = (
 _log = logging.getLogger(__name__)
 
 
-def make_examples(model: str = zoo.NAMES[0], *, folder: Path = FOLDER) -> list[AskedTrace]:
+def make_examples(model: str = zoo.NAMES[0], *, folder: Path = FOLDER) -> list[Asked]:
     """Traces the facts on a bundled model and stores them, in the place of what was there.
 
     Raises:
@@ -36,7 +36,7 @@ def make_examples(model: str = zoo.NAMES[0], *, folder: Path = FOLDER) -> list[A
     from workbench.loading import load
 
     known = {fact.id: fact for fact in zoo.load_facts(model)}
-    asked = [AskedTrace(model=model, fact=known[name]) for name in FACTS]
+    asked = [Asked(model=model, fact=known[name]) for name in FACTS]
     lm = load(model)
     if folder.exists():
         shutil.rmtree(folder)
