@@ -42,17 +42,25 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.metrics",
         "workbench.paper",
         "workbench.plots",
+        "workbench.profiles",
         "workbench.restoring",
         "workbench.shortcuts",
         "workbench.sweep",
     ),
-    3: ("workbench.checks", "workbench.moments", "workbench.noise", "workbench.store"),
+    3: (
+        "workbench.checks",
+        "workbench.moments",
+        "workbench.noise",
+        "workbench.store",
+        "workbench.vocabulary",
+    ),
     4: (
         "workbench",  # only the names it offers
         "workbench.asked",
         "workbench.editors",
         "workbench.lens_bridge",
         "workbench.locators",
+        "workbench.path_patching",
         "workbench.remote",
         "workbench.zoo.*",  # the scripts that train and verify the bundled models
     ),
