@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.examples import EIFFEL, FACTS, JOBS, SAO_PAULO, TURNED, fresh_lm, tiny_lm
+from tests.examples import EIFFEL, FACTS, JOBS, SAID, SAO_PAULO, TURNED, fresh_lm, tiny_lm
 from workbench import sweep
 from workbench.errors import InputError
 from workbench.facts import Fact
 from workbench.hooks import patched
 from workbench.locators.causal_trace import CausalTrace
-from workbench.models import LM
+from workbench.models import LM, Tokens
 from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
-from workbench.sites import Site
+from workbench.sites import Site, SiteError, SiteKind
 from workbench.sweep import engine, restore_by_sweep
 from workbench.sweep.blocks import WIRINGS
 
@@ -55,6 +55,19 @@ def agree(lm: LM, problem: Restoration, cells: Sequence[Cell], *, tolerance: flo
         error = float((getattr(fast, name) - getattr(slow, name)).abs().max())
         assert error < min(tolerance, 1e-3 * effect), name  # the map is not flat, so the comparison says something
     return fast
+
+
+def single_cells(lm: LM, tokens: Tokens) -> list[Cell]:
+    """Two heads and two neurons at every token and layer."""
+    places = [(layer, position) for layer in range(lm.n_layers) for position in range(tokens.lengths[0])]
+    return [
+        *(_single("z", *place, head=head) for place in places for head in (0, lm.n_heads - 1)),
+        *(_single("mlp_post", *place, neuron=neuron) for place in places for neuron in (1, lm.d_mlp - 1)),
+    ]
+
+
+def _single(kind: SiteKind, layer: int, position: int, **part: int) -> Cell:
+    return Cell(kind=kind, layer=layer, layers=range(layer, layer + 1), position=position, **part)
 
 
 def gap(lm: LM, fact: Fact, **protocol: Any) -> tuple[float, float]:
@@ -163,6 +176,45 @@ def test_patching_between_two_prompts_goes_both_ways(family: str) -> None:
     problem, cells = experiment(lm, EIFFEL, corrupt="swap", substitutes=(TURNED,))
     agree(lm, problem, cells)
     agree(lm, replace(problem, clean=problem.corrupted, corrupted=problem.clean), cells)
+
+
+def test_single_heads_and_neurons_are_swept_exactly_in_every_family(lm: LM) -> None:
+    problem, _ = experiment(lm, SAID, corrupt="swap", substitutes=(TURNED,))
+    agree(lm, problem, single_cells(lm, problem.clean), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "bloom"])
+@pytest.mark.parametrize(
+    "protocol", ["three maps", "MLP severed", "attention severed", "noise instead of the embedding"]
+)
+def test_single_heads_and_neurons_among_noise_and_severed_paths(family: str, protocol: str) -> None:
+    lm = tiny_lm(family)
+    problem, cells = experiment(lm, JOBS, **PROTOCOLS[protocol])
+    agree(lm, problem, [*cells, *single_cells(lm, problem.clean)])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "opt"])
+def test_zeroed_heads_and_neurons_are_swept_exactly(family: str) -> None:
+    lm = tiny_lm(family)
+    problem, _ = experiment(lm, JOBS)
+    zeroing = replace(problem, corrupted=problem.clean, noise=None, put="zero")
+    agree(lm, zeroing, single_cells(lm, problem.clean))
+
+
+def test_an_mlp_that_adds_more_than_its_neurons_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neurons are restored at the down projection's input; where that is not all of the MLP's output, blocks are called whole."""
+    lm = fresh_lm("llama")
+    mlp: Any = lm.part(1, "mlp")
+    whole = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: 1.5 * whole(x))
+    problem, cells = experiment(lm, JOBS)
+    assert agree(lm, problem, cells).engine == "sweep"
+    assert "differ by" in agree(lm, problem, single_cells(lm, problem.clean)).engine
+
+
+def test_a_head_in_several_layers_is_refused() -> None:
+    with pytest.raises(SiteError, match=r"L2\.z\[1\] was asked for in 3 layers"):
+        Cell(kind="z", layer=2, layers=range(1, 4), position=0, head=1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "falcon"])

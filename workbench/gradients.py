@@ -30,8 +30,8 @@ from workbench.errors import InputError
 from workbench.hooks import Activations, Write, run
 from workbench.models import LM
 from workbench.progress import track
-from workbench.restoring import Cell, Restoration, Restored
-from workbench.sites import Site
+from workbench.restoring import Cell, Restoration, Restored, part_of
+from workbench.sites import Site, SiteKind
 
 At = Literal["corrupted", "middle", "clean", "both"]
 """Where on each part of the path the gradient is taken:
@@ -91,7 +91,36 @@ def restore_by_gradient(
             f"A gradient runs through all tokens at once, so {problem.sever} cannot be severed at the restored one alone. "
             "Compute severed traces exactly."
         )
-    sites = sorted({Site(layer=layer, kind=cell.kind) for cell in cells for layer in cell.layers})
+    restored = {cell.site(layer) for cell in cells for layer in cell.layers}
+    whole = {site: Site(layer=site.layer, kind=site.kind) for site in restored}
+    clean, corrupted, products = _products(lm, problem, sorted(set(whole.values())), steps, at)
+    effects = {site: part_of(lm, site, products[whole[site]]).sum(-1).cpu().double() for site in restored}
+    start, none = problem.first_changed(), torch.zeros(len(problem.corrupted), dtype=torch.float64)
+    change = torch.stack([_sum(effects, cell) if cell.position >= start else none for cell in cells])
+    high, low = (problem.score(problem.answer_logits(x.logits)).cpu().double() for x in (clean, corrupted))
+    return Restored(
+        clean=high[0],
+        corrupted=low,
+        cells=low + change,
+        engine=f"gradient: {steps} {'step' if steps == 1 else 'steps'}, {at}",
+    )
+
+
+def estimate_entries(lm: LM, problem: Restoration, kind: SiteKind) -> Float[Tensor, "layer sample pos width"]:
+    """By how much the score would change if one entry of an activation were restored, to first order: difference times gradient in
+    the corrupted run. For `mlp_post`, an entry is a neuron.
+
+    Returns:
+        For each layer, sample, token (those of the answer included, where it is scored whole) and entry, in the score's unit.
+    """
+    _, _, products = _products(lm, problem, lm.sites(kind), 1, "corrupted")
+    return torch.stack([products[site] for site in lm.sites(kind)])
+
+
+def _products(
+    lm: LM, problem: Restoration, sites: Sequence[Site], steps: int, at: At
+) -> tuple[Activations, Activations, dict[Site, Float[Tensor, "sample pos width"]]]:
+    """The clean run, the corrupted run, and difference times gradient at every site."""
     clean = run(lm, problem.clean, read=[_EMBED, *sites])
     corrupted: Activations | None = None
     slopes: dict[Site, Tensor] = {}
@@ -103,19 +132,11 @@ def restore_by_gradient(
             slopes[site] = slopes[site] + weight * gradient if site in slopes else weight * gradient
     if corrupted is None:
         corrupted = run(lm, problem.corrupted, read=sites, write=problem.corruption())
-    effects = {}
+    products = {}
     for site, slope in slopes.items():
         put = clean[site] if problem.put == "clean" else torch.zeros_like(clean[site])
-        effects[site] = ((put.to(slope) - corrupted[site]) * slope).sum(-1).cpu().double()
-    start, none = problem.first_changed(), torch.zeros(len(problem.corrupted), dtype=torch.float64)
-    change = torch.stack([_sum(effects, cell) if cell.position >= start else none for cell in cells])
-    high, low = (problem.score(problem.answer_logits(x.logits)).cpu().double() for x in (clean, corrupted))
-    return Restored(
-        clean=high[0],
-        corrupted=low,
-        cells=low + change,
-        engine=f"gradient: {steps} {'step' if steps == 1 else 'steps'}, {at}",
-    )
+        products[site] = (put.to(slope) - corrupted[site]) * slope
+    return clean, corrupted, products
 
 
 def _points(steps: int, at: At) -> dict[float, float]:
@@ -169,5 +190,5 @@ def _gradients(
 
 
 def _sum(effects: Mapping[Site, Float[Tensor, "sample pos"]], cell: Cell) -> Float[Tensor, " sample"]:
-    layers = [effects[Site(layer=layer, kind=cell.kind)][:, cell.position] for layer in cell.layers]
+    layers = [effects[cell.site(layer)][:, cell.position] for layer in cell.layers]
     return torch.stack(layers).sum(0)

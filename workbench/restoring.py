@@ -10,7 +10,7 @@ another text; zeroing (`put="zero"`) has the same prompt on both sides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,12 +21,16 @@ from workbench.hooks import Activations, Write, run
 from workbench.metrics import Score
 from workbench.models import LM, Tokens
 from workbench.progress import track
-from workbench.sites import Site, SiteKind
+from workbench.sites import Site, SiteError, SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One entry of a map: at one token, the outputs of some layers are set to their clean values."""
+    """One entry of a map: at one token, the outputs of some layers are set to their clean values.
+
+    Raises:
+        SiteError: a head or a neuron of several layers.
+    """
 
     kind: SiteKind
     """Which outputs."""
@@ -39,6 +43,27 @@ class Cell:
 
     position: int
     """The token, from 0."""
+
+    head: int | None = None
+    """0-based: only this head of `z`, in one layer; None for the whole output."""
+
+    neuron: int | None = None
+    """0-based: only this neuron of `mlp_post`, in one layer; None for the whole output."""
+
+    def __post_init__(self) -> None:
+        if self.single and len(self.layers) != 1:
+            raise SiteError(
+                f"{self.site(self.layer)} was asked for in {len(self.layers)} layers. A head or a neuron is of one layer."
+            )
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one head or one neuron."""
+        return self.head is not None or self.neuron is not None
+
+    def site(self, layer: int) -> Site:
+        """What is restored at a layer, at all tokens."""
+        return Site(layer=layer, kind=self.kind, head=self.head, neuron=self.neuron)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,6 +152,15 @@ class Restored:
     """Where some are: what every cell's mean effect was estimated to be."""
 
 
+def part_of(lm: LM, site: Site, x: Float[Tensor, "... width"]) -> Float[Tensor, "... part"]:
+    """The columns of a whole activation that are the site's head or neuron, as a view; all of them where it names neither."""
+    if site.part is None:
+        return x
+    parts = lm.n_heads if site.head is not None else x.shape[-1]
+    part: Tensor = x.unflatten(-1, (parts, -1))[..., site.part, :]
+    return part
+
+
 def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Restored:
     """The score of every cell for every noise sample, one forward pass at a time.
 
@@ -134,8 +168,7 @@ def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Rest
     2. For each cell: corrupt the prompt, hold the severed outputs at the cell's token in all layers, restore the cell's
        outputs, score.
     """
-    kinds: list[SiteKind] = sorted({cell.kind for cell in cells})
-    clean = run(lm, problem.clean, read=kinds)
+    clean = run(lm, problem.clean, read=sorted({cell.site(layer) for cell in cells for layer in cell.layers}))
     corrupted = problem.corrupted_run(lm, read=(problem.sever,) if problem.sever else ())
     scores = []
     for cell in track(cells, "cells", len(cells)):
@@ -143,9 +176,9 @@ def restore_by_loop(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> Rest
         for site in lm.sites(problem.sever) if problem.sever else ():
             write[Site(layer=site.layer, kind=site.kind, token=cell.position)] = corrupted[site]
         for layer in cell.layers:
-            site = Site(layer=layer, kind=cell.kind)
-            value = clean[site] if problem.put == "clean" else torch.zeros_like(clean[site])
-            write[Site(layer=layer, kind=cell.kind, token=cell.position)] = value
+            value = clean[cell.site(layer)]
+            put = value if problem.put == "clean" else torch.zeros_like(value)
+            write[replace(cell.site(layer), token=cell.position)] = put
         scores.append(problem.score(problem.answer_logits(run(lm, problem.corrupted, write=write).logits)))
     return Restored(
         clean=problem.score(problem.answer_logits(clean.logits))[0],

@@ -10,7 +10,8 @@ Restoring an output at token t and layer l changes nothing below layer l and not
    after it are carried, behind clean keys and values.
 3. Windows that start at the same layer share a lane up to where the shorter one ends; there it forks. Inside its window a lane's
    restored output is put in place and not computed.
-4. All lanes of all tokens, and of several prompts, go through a block together. In the last block, and in the unembedding, only
+4. A single head or neuron is restored between its corrupted neighbours, which a plain corrupted run tells.
+5. All lanes of all tokens, and of several prompts, go through a block together. In the last block, and in the unembedding, only
    the tokens where the answer is predicted are computed.
 
 Cells before the corruption starts restore what is not changed: they have the corrupted run's score.
@@ -37,7 +38,7 @@ from workbench.sweep.in_pieces import InPieces
 from workbench.sweep.lanes import Lane, Plan, Run, budget, give_places, in_walks, set_leaders
 from workbench.sweep.whole import Whole
 
-__all__ = ["restore_by_sweep", "sweepable"]
+__all__ = ["restore", "restore_by_sweep", "sweepable"]
 
 
 def sweepable(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> str:
@@ -60,6 +61,18 @@ def sweepable(lm: LM, problem: Restoration, cells: Sequence[Cell]) -> str:
     if len({parameter.device for parameter in lm.model.parameters()}) > 1:
         return "the blocks lie on several devices"
     return ""
+
+
+def restore(
+    lm: LM, problems: Sequence[Restoration], cells: Sequence[Sequence[Cell]], *, memory: int | None = None
+) -> list[Restored]:
+    """`restore_by_sweep` where that can be, else `restore_by_loop`; `engine` says which, and why."""
+    reasons = (sweepable(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True))
+    why_not = next(filter(None, reasons), "")
+    if not why_not:
+        return restore_by_sweep(lm, problems, cells, memory=memory)
+    loops = (restore_by_loop(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True))
+    return [replace(one, engine=f"loop: {why_not}") for one in loops]
 
 
 def restore_by_sweep(
@@ -128,7 +141,7 @@ def _restore(
     engine: type[Engine],
 ) -> tuple[list[Restored], float, float]:
     """What `restore_by_sweep` gives, and by how much the engine's clean run differs from the model's, in blocks and above them."""
-    runs = [Run(lm, problem, {cell.kind for cell in mine}) for problem, mine in zip(problems, cells, strict=True)]
+    runs = [Run(lm, problem, mine) for problem, mine in zip(problems, cells, strict=True)]
     plans = [Plan(run, mine) for run, mine in zip(runs, cells, strict=True)]
     walks = in_walks([lane for plan in plans for lane in plan.lanes], budget(lm, memory))
     at_work = engine(lm, runs)

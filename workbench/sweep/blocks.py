@@ -235,9 +235,12 @@ class Pieces:
             )  # one pass instead of six
         else:
             added = self._mlp(h)
-        if self._post_mlp is not None:
-            added = self._post_mlp(added)
-        return added
+        return added if self._post_mlp is None else self._post_mlp(added)
+
+    def down(self, k: Float[Tensor, "row d_mlp"]) -> Float[Tensor, "row d_model"]:
+        """The same from its neurons' activations."""
+        added: Tensor = self._mlp_out(k)
+        return added if self._post_mlp is None else self._post_mlp(added)
 
     # --- shapes ---
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from workbench.models import LM
-from workbench.sites import SiteKind
+from workbench.sites import Site, SiteKind
 from workbench.sweep.blocks import Pieces, Rotation
 from workbench.sweep.engine import Engine, chunks
-from workbench.sweep.lanes import Group, Lane, Run
+from workbench.sweep.lanes import SUBLAYER, Group, Lane, Run
 
 
 @dataclass(eq=False)
@@ -67,6 +67,9 @@ class InPieces(Engine):
         attn = pieces.out(pieces.attend(pieces.rotate(q, rotation, 0), clean_k, clean_v, mask)[0])
         above = x + attn + pieces.mlp(x if pieces.parallel else x + attn)
         self.errors.append(_difference(above, run.clean_state(layer + 1), x))
+        if run.corrupted is not None and (neurons := Site(layer=layer, kind="mlp_post")) in run.corrupted.sites:
+            added = run.clean[Site(layer=layer, kind="mlp_out")][0]
+            self.errors.append(_difference(pieces.down(run.clean[neurons][0]), added, torch.zeros_like(added)))
 
         n, length = run.samples, run.length
         kept = run.scored if layer + 1 == self.lm.n_layers else run.start
@@ -87,12 +90,13 @@ class InPieces(Engine):
 
     def restored(self, layer: int, lanes: Sequence[Lane]) -> dict[Lane, Tensor]:
         pieces, found, unknown = self.pieces[layer], dict[Lane, Tensor](), list[Lane]()
+        values = self._values(layer, lanes)
         for lane in lanes:
             run, notes = lane.group.run, self.notes[lane.group.run]
             here = lane.group.position - run.length  # from the end: at the last layer only the last positions are kept
             x, attn, mlp = run.hidden[:, here], notes.attn[:, here], notes.mlp[:, here]
-            value = run.put(lane.output, layer, lane.group.position)
-            if lane.kind == "mlp_out":
+            value, output = values[lane], SUBLAYER.get(lane.output, lane.output)
+            if output == "mlp_out":
                 found[lane] = x + attn + value
             elif pieces.parallel or run.problem.sever == "mlp_out":
                 found[lane] = x + value + mlp
@@ -104,6 +108,16 @@ class InPieces(Engine):
             above = (mid + pieces.mlp(mid)).split([len(found[lane]) for lane in unknown])
             found.update(zip(unknown, above, strict=True))
         return found
+
+    def _values(self, layer: int, lanes: Sequence[Lane]) -> dict[Lane, Tensor]:
+        """What each lane's sublayer adds with the lane's output restored: (sample or 1, d_model)."""
+        values = {lane: lane.put(layer) for lane in lanes}
+        for kind, outwards in (("z", self.pieces[layer].out), ("mlp_post", self.pieces[layer].down)):
+            inner = [lane for lane in lanes if lane.kind == kind]
+            if inner:
+                added = outwards(torch.cat([values[lane] for lane in inner]))
+                values.update(zip(inner, added.split([len(values[lane]) for lane in inner]), strict=True))
+        return values
 
     def through(self, layer: int, lanes: Sequence[Lane]) -> None:
         for fresh in (True, False):
@@ -169,7 +183,7 @@ class InPieces(Engine):
             for lane in part.lanes:
                 value = None
                 if seen and lane.kind == kind and lane.inside(layer):
-                    value = run.put(kind, layer, group.position)
+                    value = lane.put(layer)
                 elif seen and run.problem.sever == kind:
                     value = (notes.attn if kind == "attn_out" else notes.mlp)[:, group.position - run.length]
                 pins.append((part.queries, part, value))

@@ -15,19 +15,20 @@ from workbench.errors import InputError
 from workbench.hooks import capture_calls, run_below
 from workbench.metrics import Score
 from workbench.models import LM
-from workbench.restoring import Cell, Restoration, Restored
+from workbench.restoring import Cell, Restoration, Restored, part_of
 from workbench.sites import Site, SiteKind
 
 _STATES: set[SiteKind] = {"embed", "resid_pre", "resid_post"}
-_SUBLAYER: dict[SiteKind, SiteKind] = {"z": "attn_out", "mlp_post": "mlp_out"}
+SUBLAYER: dict[SiteKind, SiteKind] = {"z": "attn_out", "mlp_post": "mlp_out"}
 """What an inner activation decides, and nothing but that."""
 
 
 class Run:
     """The clean and the corrupted run of one problem, as far up as the walk has come."""
 
-    def __init__(self, lm: LM, problem: Restoration, kinds: set[SiteKind]) -> None:
-        outputs: list[SiteKind] = sorted((kinds | {_SUBLAYER.get(kind, kind) for kind in kinds}) - _STATES)
+    def __init__(self, lm: LM, problem: Restoration, cells: Sequence[Cell]) -> None:
+        kinds, single = {cell.kind for cell in cells}, {cell.kind for cell in cells if cell.single}
+        outputs: list[SiteKind] = sorted((kinds | {SUBLAYER.get(kind, kind) for kind in kinds}) - _STATES)
         self.lm, self.problem = lm, problem
         top = Site(layer=lm.n_layers - 1, kind="resid_post")
         self.clean, self.calls = capture_calls(lm, problem.clean, read=["resid_pre", top, *outputs])
@@ -40,6 +41,9 @@ class Run:
 
         self._below: Tensor = run_below(lm, problem.corrupted, write=problem.corruption())[:, self.start :]
         self.samples = len(self._below)
+        self.corrupted = problem.corrupted_run(lm, read=sorted(single)) if single else None
+        """For single heads and neurons: what stands beside them."""
+
         self.begin()
 
     def begin(self) -> None:
@@ -68,10 +72,17 @@ class Run:
             return self.clean[Site(layer=layer, kind="resid_pre")][0]
         return self.clean[Site(layer=layer - 1, kind="resid_post")][0]
 
-    def put(self, kind: SiteKind, layer: int, position: int) -> Tensor:
-        """What is put at a restored output: (1, width)."""
-        value = self.clean[Site(layer=layer, kind=kind)][:, position]
-        return value if self.problem.put == "clean" else torch.zeros_like(value)
+    def put(self, site: Site, position: int) -> Tensor:
+        """What is put at a restored output: (1, width); for a single head or neuron (sample, width), as all others stay."""
+        whole = Site(layer=site.layer, kind=site.kind)
+        value = self.clean[whole][:, position]
+        value = value if self.problem.put == "clean" else torch.zeros_like(value)
+        if site.part is None:
+            return value
+        assert self.corrupted is not None  # as the cells told
+        row = self.corrupted[whole][:, position].clone()
+        part_of(self.lm, site, row)[:] = part_of(self.lm, site, value)
+        return row
 
     def mask(self, layer: int) -> Tensor:
         """What is added to attention's scores: (1 or head, query, key). Falcon's has its ALiBi in it, head by head."""
@@ -116,6 +127,9 @@ class Lane:
     enters: int
     """The layer that it enters with a state changed at its token alone."""
 
+    single: Site | None = None
+    """The head or neuron, where it restores a single one."""
+
     leader: Lane | None = None
     """The lane that it forks from, where a longer window starts with its own."""
 
@@ -142,6 +156,10 @@ class Lane:
         """The output that a lane with a window restores."""
         assert self.kind is not None
         return self.kind
+
+    def put(self, layer: int) -> Tensor:
+        """What stands there at its token, (sample or 1, width)."""
+        return self.group.run.put(self.single or Site(layer=layer, kind=self.output), self.group.position)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -201,8 +219,12 @@ def set_leaders(lanes: Sequence[Lane]) -> dict[int, list[Lane]]:
         lane.leader = None
     forks: dict[int, list[Lane]] = {}
     windows = [lane for lane in lanes if lane.kind is not None]
-    by_start = sorted(windows, key=lambda lane: (id(lane.group), str(lane.kind), lane.layers.start, -lane.layers.stop))
-    for _, together in groupby(by_start, key=lambda lane: (id(lane.group), lane.kind, lane.layers.start)):
+
+    def start(lane: Lane) -> tuple[int, str, str, int]:
+        return id(lane.group), lane.output, str(lane.single), lane.layers.start
+
+    by_start = sorted(windows, key=lambda lane: (start(lane), -lane.layers.stop))
+    for _, together in groupby(by_start, key=start):
         leader, *others = together
         for lane in others:
             lane.leader = leader
@@ -225,7 +247,7 @@ class Plan:
     def __init__(self, run: Run, cells: Sequence[Cell]) -> None:
         self.run = run
         self._groups: dict[tuple[int, bool], Group] = {}
-        self._lanes: dict[tuple[int, SiteKind | None, range, int], Lane] = {}
+        self._lanes: dict[tuple[int, SiteKind | None, range, int, Site | None], Lane] = {}
         self._of = [self._place(cell) for cell in cells]
 
     @property
@@ -240,8 +262,8 @@ class Plan:
         state = {"embed": 0, "resid_pre": layers.start, "resid_post": layers.stop}.get(kind)
         if kind == "resid_mid" and free:
             state = layers.stop  # the MLP then gives its clean output
-        if free and state is None:  # an inner activation decides its sublayer's output
-            kind = _SUBLAYER.get(kind, kind)
+        if free and state is None and not cell.single:  # an inner activation decides its sublayer's output
+            kind = SUBLAYER.get(kind, kind)
         enters = layers.start + 1 if state is None else state
         if cell.position < run.start or (enters == run.lm.n_layers and cell.position < run.scored):
             return "corrupted"
@@ -253,8 +275,10 @@ class Plan:
             (cell.position, stays_clean),
             Group(run, cell.position, cell.position + int(stays_clean), stays_clean),
         )
-        key = (cell.position, None, range(0), enters) if state is not None else (cell.position, kind, layers, enters)
-        return self._lanes.setdefault(key, Lane(group, key[1], key[2], enters))
+        what, where = (None, range(0)) if state is not None else (kind, layers)
+        single = cell.site(cell.layer) if cell.single else None
+        key = (cell.position, what, where, enters, single)
+        return self._lanes.setdefault(key, Lane(group, what, where, enters, single))
 
     def scores(self) -> Restored:
         """The score of every cell."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.hooks import run_block
 from workbench.models import LM
-from workbench.sites import SiteKind
+from workbench.sites import Site, SiteKind
 from workbench.sweep.engine import Engine, chunks
 from workbench.sweep.lanes import Lane, Run
 
@@ -40,15 +40,17 @@ class Whole(Engine):
                 self.held[run] = read[run.problem.sever]
 
     def restored(self, layer: int, lanes: Sequence[Lane]) -> dict[Lane, Tensor]:
-        found = {}
-        for lane in lanes:
-            run, position = lane.group.run, lane.group.position
-            cache = _Cache(self.corrupted[run].before(position, 1))
-            hidden = run.hidden[:, [position - run.length]]
-            writes = self._held(run, position, 1)
-            writes[lane.output] = _put(run.put(lane.output, layer, position), slice(None))
-            above, _ = run_block(self.lm, layer, _call(run, layer, hidden, position, cache), write=writes)
-            found[lane] = above[:, 0]
+        found: dict[Lane, Tensor] = {}
+        for (group, output), alike in groupby(lanes, key=lambda lane: (lane.group, lane.output)):
+            run, position = group.run, group.position
+            for some in chunks(list(alike)):
+                cache = _Cache(self.corrupted[run].before(position, len(some)))
+                hidden = run.hidden[:, [position - run.length]].repeat(len(some), 1, 1)
+                put = [lane.put(layer).expand(run.samples, -1) for lane in some]
+                writes = self._held(run, position, len(some))
+                writes[output] = _put(torch.cat(put), slice(None))
+                above, _ = run_block(self.lm, layer, _call(run, layer, hidden, position, cache), write=writes)
+                found.update(zip(some, above[:, 0].split(run.samples), strict=True))
         return found
 
     def through(self, layer: int, lanes: Sequence[Lane]) -> None:
@@ -69,7 +71,7 @@ class Whole(Engine):
         inside = [i for i, lane in enumerate(lanes) if lane.inside(layer)]
         for kind in {lanes[i].output for i in inside}:
             rows = torch.cat([torch.arange(i * n, (i + 1) * n) for i in inside if lanes[i].kind == kind])
-            writes[kind] = _put(run.put(kind, layer, group.position), rows.to(hidden.device))
+            writes[kind] = _put(run.put(Site(layer=layer, kind=kind), group.position), rows.to(hidden.device))
         above, _ = run_block(self.lm, layer, _call(run, layer, hidden, group.first, cache), write=writes)
         for lane, state in zip(lanes, above.split(n), strict=True):
             lane.keep(state)
