@@ -25,7 +25,7 @@ from workbench.store import Store
 
 LOCATORS = all_locators()
 
-SMALL: dict[str, Any] = {"samples": 2, "window": 3, "steps": 3}
+SMALL: dict[str, Any] = {"samples": 2, "window": 3, "steps": 3, "corrupt": "noise"}
 """Set where a locator has such a parameter, so that it is quick."""
 
 
