@@ -103,7 +103,7 @@ def test_hover_tells_the_numbers_and_the_window() -> None:
     assert f"p(Paris) = {row['score']:.3f} ± {row['se']:.3f}" in note
     assert "subject last" in note
     assert "“␣Tower”" in note
-    assert "layers 1–3 restored together" in note
+    assert "layers 1–3 together" in note
 
 
 def test_the_planted_band_is_marked() -> None:

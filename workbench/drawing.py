@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from workbench import profiles
 from workbench.results import Footprint, Result, ResultError
 from workbench.sites import TOKEN_ROLES, Role, Site, SiteKind, window
 
@@ -79,6 +79,9 @@ SCALES: Mapping[str, Mapping[Theme, tuple[str, ...]]] = {
 
 Lightness alone orders them, so they read without colour vision and in grey print."""
 
+OPPOSITES: Mapping[str, str] = {"purple": "green", "green": "purple", "red": "blue", "blue": "red"}
+"""The hue below 0 where a map has both signs; each pair can be told apart without colour vision."""
+
 ROLE_COLORS: Mapping[str, Mapping[Theme, str]] = {
     "before_subject": {"light": "#7a828b", "dark": "#8d959e"},
     "subject_first": {"light": "#56b4e9", "dark": "#56b4e9"},
@@ -90,6 +93,23 @@ ROLE_COLORS: Mapping[str, Mapping[Theme, str]] = {
     "subject": {"light": "#0072b2", "dark": "#3f9bd8"},
 }
 """Okabe and Ito's palette, a little lighter on dark pages."""
+
+SERIES_COLORS: tuple[Mapping[Theme, str], ...] = (
+    {"light": "#0072b2", "dark": "#3f9bd8"},
+    {"light": "#d55e00", "dark": "#e8762a"},
+    {"light": "#009e73", "dark": "#12b488"},
+    {"light": "#b8609a", "dark": "#d68cb5"},
+    {"light": "#5c656e", "dark": "#b4bcc4"},
+    {"light": "#56b4e9", "dark": "#8fd0f5"},
+    {"light": "#c98b00", "dark": "#e6b422"},
+    {"light": "#6b4ba3", "dark": "#a98bea"},
+)
+"""Colours of methods in a comparison: Okabe and Ito's, their yellow and black replaced by what shows on both pages."""
+
+DASHES: tuple[tuple[float, ...], ...] = (
+    (), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (10, 3), (3, 1.5), (7, 2, 1.5, 2, 1.5, 2), (12, 2, 4, 2)
+)  # fmt: skip
+"""Dashes of kinds in a comparison, in lengths drawn and left out; the first is a whole line."""
 
 _MARKS = {" ": "␣", "\n": "↵", "\r": "←", "\t": "⇥"}
 
@@ -137,10 +157,22 @@ class Panel:
     reverse: bool
     """Whether low values are the ones that matter (`rank` and `kl`)."""
 
+    effects: bool = False
+    """Whether effects are drawn, so that 0 is the middle of a scale that has both signs."""
+
     def on(self, vmin: float | None, vmax: float | None) -> Panel:
-        """The same map on another scale."""
+        """The same map on another scale; one of effects with both signs reaches as far below 0 as above."""
         low, high = self.low if vmin is None else vmin, self.high if vmax is None else vmax
+        if self.effects and low < 0:
+            low, high = min(low, -high), max(-low, high)
         return replace(self, low=low, high=high if high > low else low + 1e-9)
+
+    def colors(self, theme: Theme) -> tuple[str, ...]:
+        """The colours from the lower end of the scale to its upper end, in even steps; the other way round where `reverse`."""
+        hue = HUES.get(self.kind, "blue")
+        if self.effects and self.low < 0:
+            return (*SCALES[OPPOSITES[hue]][theme][:0:-1], *SCALES[hue][theme])
+        return SCALES[hue][theme]
 
 
 # --- words ---
@@ -175,20 +207,22 @@ def score_name(result: Result, *, fact: str | None = None, column: str = "score"
         "rank": f"rank of {answer}",
         "kl": "KL to clean (nats)",
     }.get(str(kind), "")
-    guessed = "est. " if str(result.run.get("unit", "")).startswith("estimated") else ""
+    unit = str(result.run.get("unit") or "")
+    guessed = "est. " if unit.startswith("estimated") else ""
     if column == "score":
         return guessed + (name or "score")
-    return f"{guessed}effect on {name}" if name else str(result.run.get("unit") or "effect")
+    of_score = not unit or unit.endswith(f"indirect effect in {kind}")
+    return f"{guessed}effect on {name}" if name and of_score else unit or "effect"
 
 
 def layer_title(result: Result, *, kind: str) -> str:
-    """Title of the layer axis: it says from where layers count, and how many were restored together."""
+    """Title of the layer axis: it says from where layers count, and how many were taken together."""
     width = width_of(result, kind)
     return "layer (0-based)" if width == 1 else f"centre of a window of {width} layers (0-based)"
 
 
 def width_of(result: Result, kind: str) -> int:
-    """How many layers were restored together at a site of this kind."""
+    """How many layers were taken together at a site of this kind; 1 where the method has no window."""
     return int(result.run.get("parameters", {}).get("window") or 1) if kind in ("mlp_out", "attn_out") else 1
 
 
@@ -220,8 +254,9 @@ def fact_row(result: Result, fact: str | None) -> dict[str, Any]:
 
 
 def drawn_column(result: Result, column: str) -> str:
-    """The column asked for; `value` where there are no scores, as in an average or an editor's footprint."""
-    return column if column in result.table and bool(result.table[column].notna().any()) else "value"
+    """The column asked for; `value` where there are no scores, or no corrupted run that they could be seen against."""
+    is_there = column in result.table and bool(result.table[column].notna().any())
+    return column if is_there and _is_restored(result) else "value"
 
 
 def lower_is_better(result: Result, column: str) -> bool:
@@ -234,10 +269,11 @@ def range_of(
 ) -> tuple[float, float]:
     """The ends of a colour scale: from the corrupted run's score (ROME's floor), or an effect of 0, to the best cell.
 
-    Cells beyond the corrupted run's end (negative effects) are drawn like the end itself.
+    Cells beyond the corrupted run's end (negative effects) are drawn like the end itself. Where a method has no corrupted run,
+    negative effects are no noise: the scale then reaches as far below 0 as above. Single heads and neurons do not count.
     """
     column = drawn_column(result, column)
-    rows = result.table
+    rows = _whole(result.table)
     if fact is not None:
         rows = rows[rows["fact"] == fact]
     if kinds is not None:
@@ -246,6 +282,8 @@ def range_of(
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
+    if column == "value" and not _is_restored(result):
+        return _effect_range(values)
     floor = 0.0 if column == "value" else _corrupted(result, fact, values)
     if lower_is_better(result, column):
         return _widened(min(float(values.min()), floor), floor)
@@ -264,14 +302,14 @@ def panel(
     """The map of one fact and kind: tokens down, the first on top; layers across.
 
     Raises:
-        ResultError: no such rows, or several facts and none named.
+        ResultError: no such rows, only single heads or neurons, nothing that belongs to a token, or several facts and none named.
     """
     if fact is None and len(footprint.facts) == 1:
         fact = footprint.facts[0]
     drawn = drawn_column(footprint, column)
     values = footprint.grid(kind=kind, fact=fact, column=drawn).astype(float)
     tokens = footprint.tokens(fact)
-    rows = footprint.of(fact=fact, kind=kind)
+    rows = footprint.whole(fact=fact, kind=kind)
     name = score_name(footprint, fact=fact, column=drawn)
     notes = rows.assign(note=[_cell_note(footprint, row, name, drawn) for row in rows.to_dict("records")])
     strong = tuple(str(role).startswith("subject") for role in tokens["token"][values.index])
@@ -286,7 +324,7 @@ def panel(
             index="position", columns="layer", values="estimated"
         ),
         labels=tuple(
-            token_label(str(text)) + "*" * is_subject
+            shortened(token_label(str(text)), 24 - is_subject) + "*" * is_subject
             for text, is_subject in zip(tokens["text"][values.index], strong, strict=True)
         ),
         strong=strong,
@@ -295,7 +333,62 @@ def panel(
         low=low,
         high=high,
         reverse=lower_is_better(footprint, drawn),
+        effects=drawn == "value",
     ).on(vmin, vmax)
+
+
+def mapped_kinds(footprint: Footprint) -> list[str]:
+    """The kinds that have a map: whole rows that belong to tokens."""
+    rows = _whole(footprint.table)
+    return list(rows[rows["position"].notna()]["kind"].unique())
+
+
+def heads_panel(footprint: Footprint, *, kind: str = "z", fact: str | None = None, token: Role | None = None) -> Panel:
+    """The map of a fact's attention heads: heads down, layers across; at each the largest token, or the mean over a role's tokens.
+
+    Raises:
+        ResultError: no single heads of this kind, no token of this role, or several facts and none named.
+    """
+    fact = str(footprint.table["fact"].iloc[0]) if fact is None and len(footprint.facts) == 1 else fact
+    if fact is None:
+        raise ResultError(
+            f"This footprint has {len(footprint.facts)} facts. Name one of them, e.g. {footprint.facts[0]!r}."
+        )
+    rows = footprint.heads(fact=fact, kind=kind)
+    if token is not None:
+        rows = rows[rows["position"].isna() | profiles.has_role(rows["token"], token)]
+    if rows.empty:
+        at = f" at a token of the role {token}" if token else ""
+        raise ResultError(f"{footprint.run.get('what')} has no single heads of {kind!r} for {fact!r}{at}.")
+    name = score_name(footprint, fact=fact, column="value")
+    places = rows.groupby(["head", "layer"])
+    if token is None:
+        cells = rows.loc[places["value"].idxmax()]
+    else:
+        cells = places[["value"]].mean().reset_index().assign(kind=kind, token=token, se=math.nan, text="")
+        cells["site"] = [
+            str(Site(layer=int(row["layer"]), kind=_kind(kind), head=int(row["head"]), token=token))
+            for row in cells.to_dict("records")
+        ]
+    notes = [_cell_note(footprint, row, name, "value") for row in cells.to_dict("records")]
+    values = cells.pivot(index="head", columns="layer", values="value").astype(float)
+    low, high = _effect_range(values.to_numpy())
+    return Panel(
+        kind=kind,
+        title=KIND_WORDS.get(kind, kind),
+        values=values,
+        sites=cells.pivot(index="head", columns="layer", values="site"),
+        notes=cells.assign(note=notes).pivot(index="head", columns="layer", values="note"),
+        estimated=values.isna() & False,
+        labels=tuple(f"head {head}" for head in values.index),
+        strong=(False,) * len(values),
+        layer_title=layer_title(footprint, kind=kind),
+        score=name,
+        low=low,
+        high=high,
+        reverse=False,
+        effects=True,
+    ).on(None, None)
 
 
 def average_panel(result: Result, *, kind: str, vmin: float | None = None, vmax: float | None = None) -> Panel:
@@ -345,7 +438,8 @@ def curves(result: Result, *, kind: str, roles: Sequence[Role] = ()) -> pd.DataF
     if isinstance(result, Footprint):
         present = set(result.of(kind=kind)["token"])
         found = [
-            _t_interval(result.profile(kind=kind, token=role)).assign(role=role) for role in roles_of(roles, present)
+            profiles.with_interval(result.profile(kind=kind, token=role)).assign(role=role)
+            for role in roles_of(roles, present)
         ]
     else:
         rows = _average_rows(result, kind)
@@ -359,6 +453,80 @@ def curves(result: Result, *, kind: str, roles: Sequence[Role] = ()) -> pd.DataF
 def roles_of(roles: Sequence[Role], present: set[Any]) -> list[Role]:
     """The roles asked for (all, if none) as far as they are present, in the order of the prompt for all."""
     return [role for role in (roles or TOKEN_ROLES) if role in present]
+
+
+def comparison(
+    footprints: Sequence[Footprint], *, kinds: Sequence[str] | None = None, token: Role | None = None
+) -> pd.DataFrame:
+    """Several methods by layer: `profiles.layer_profiles`, normalised, as means over facts with 95 % intervals.
+
+    Returns:
+        One row a series and layer: method, label, kind, layer, value, low, high, n (facts).
+    """
+    return profiles.mean_profiles(profiles.layer_profiles(footprints, kinds=kinds, token=token))
+
+
+def comparison_panel(
+    footprints: Sequence[Footprint], *, kinds: Sequence[str] | None = None, token: Role | None = None
+) -> Panel:
+    """`comparison` as a map: series down, layers across."""
+    table = comparison(footprints, kinds=kinds, token=token)
+    labels = list(table["label"].unique())
+    sites = [str(Site(layer=row["layer"], kind=_kind(row["kind"]), token=token)) for row in table.to_dict("records")]
+    notes = [series_note(row) for row in table.to_dict("records")]
+    grids = {
+        name: table.assign(site=sites, note=notes).pivot(index="label", columns="layer", values=name).loc[labels]
+        for name in ("value", "site", "note")
+    }
+    low, high = _effect_range(table["value"].to_numpy())
+    return Panel(
+        kind="",
+        title="Methods by layer",
+        values=grids["value"],
+        sites=grids["site"],
+        notes=grids["note"],
+        estimated=grids["value"].isna() & False,
+        labels=tuple(labels),
+        strong=(False,) * len(labels),
+        layer_title=comparison_layers(footprints, kinds=table["kind"].unique()),
+        score=comparison_name(table),
+        low=low,
+        high=high,
+        reverse=False,
+        effects=True,
+    ).on(None, None)
+
+
+def comparison_name(table: pd.DataFrame) -> str:
+    """Title of the value axis of `comparison`."""
+    return "normalised effect" if table["n"].max() == 1 else "mean normalised effect"
+
+
+def comparison_layers(footprints: Sequence[Footprint], *, kinds: Iterable[str]) -> str:
+    """Title of the layer axis that several methods share."""
+    widths = {width_of(footprint, kind) for footprint in footprints for kind in set(kinds) & set(footprint.kinds)}
+    return "layer (0-based)" if widths <= {1} else "layer, or centre of a window (0-based)"
+
+
+def series_styles(table: pd.DataFrame) -> dict[str, tuple[Mapping[Theme, str], tuple[float, ...]]]:
+    """Colour and dash of every series of `comparison`: methods differ in colour, kinds in dash.
+
+    Where there are more methods than colours, those that share one have other dashes.
+    """
+    methods, kinds = list(table["method"].unique()), list(table["kind"].unique())
+    styles = {}
+    for label, method, kind in table[["label", "method", "kind"]].drop_duplicates().itertuples(index=False):
+        again, color = divmod(methods.index(method), len(SERIES_COLORS))
+        styles[str(label)] = SERIES_COLORS[color], DASHES[(kinds.index(kind) + again * len(kinds)) % len(DASHES)]
+    return styles
+
+
+def series_note(row: Mapping[Any, Any]) -> str:
+    """What is said about one point of `comparison`."""
+    lines = [str(row["label"]), f"layer {row['layer']}", number(row["value"], sign=True)]
+    if math.isfinite(row["low"]):
+        lines.append(f"95 % interval {number(row['low'], sign=True)} to {number(row['high'], sign=True)}")
+    return "\n".join([*lines, f"{row['n']} fact{'s' * (row['n'] != 1)}"])
 
 
 def curve_name(result: Result) -> str:
@@ -386,6 +554,26 @@ def _shown(character: str) -> str:
     return character
 
 
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a footprint that are no single heads or neurons; all rows of another table."""
+    if "head" not in table or "neuron" not in table:
+        return table
+    rows: pd.DataFrame = table[table["head"].isna() & table["neuron"].isna()]
+    return rows
+
+
+def _is_restored(result: Result) -> bool:
+    """Whether the method puts something back into a corrupted run, as far as the result tells."""
+    facts = result.extras.get("facts")
+    return facts is None or "corrupted" in facts
+
+
+def _effect_range(values: np.ndarray) -> tuple[float, float]:
+    """From 0 to the largest effect; as far below 0 as above where there are negative ones."""
+    most = float(np.nanmax(np.abs(values), initial=0.0))
+    return _widened(-most if np.nanmin(values) < 0 else 0.0, most)
+
+
 def _corrupted(result: Result, fact: str | None, values: np.ndarray) -> float:
     facts = result.extras.get("facts")
     if facts is None or "corrupted" not in facts:
@@ -403,7 +591,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 def _cell_note(footprint: Footprint, row: Mapping[Any, Any], name: str, column: str) -> str:
     """The lines about one cell of a fact's map."""
     role = str(row["token"]).replace("_", " ")
-    lines = [f"{row['site']}", f"“{visible(str(row['text']))}” · {role}"]
+    lines = [str(row["site"]), f"“{visible(str(row['text']))}” · {role}" if row["text"] else role]
     if column == "score":
         lines.append(f"{name} = {number(row['score'])}{_plus_minus(row['se'])}")
         lines.append(f"change {number(row['value'], sign=True)}")
@@ -426,7 +614,7 @@ def _average_note(result: Result, row: Mapping[Any, Any], name: str) -> str:
 
 def _window_note(result: Result, row: Mapping[Any, Any]) -> list[str]:
     layers = restored_layers(result, kind=str(row["kind"]), layer=int(row["layer"]))
-    return [f"layers {layers[0]}–{layers[-1]} restored together"] if len(layers) > 1 else []
+    return [f"layers {layers[0]}–{layers[-1]} together"] if len(layers) > 1 else []
 
 
 def number(value: Any, *, sign: bool = False) -> str:
@@ -456,13 +644,6 @@ def _average_rows(result: Result, kind: str) -> pd.DataFrame:
 
 def _average_name(result: Result) -> str:
     return f"mean {score_name(result, column='value')}"
-
-
-def _t_interval(profile: pd.DataFrame) -> pd.DataFrame:
-    n = profile["n"].to_numpy(dtype=float)
-    half = stats.t.ppf(0.975, np.maximum(n - 1, 1)) * profile["se"].to_numpy(dtype=float)
-    found: pd.DataFrame = profile.assign(low=profile["value"] - half, high=profile["value"] + half)
-    return found
 
 
 def _only_fact(result: Result) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.style
+import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,13 +27,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from workbench import drawing
+from workbench import drawing, profiles
 from workbench.drawing import Column, Panel
 from workbench.export import figure_metadata
-from workbench.results import Footprint, Result
+from workbench.results import Footprint, Result, ResultError
 from workbench.sites import Role
 
-__all__ = ["PaperFigure", "average", "heatmap", "profile"]
+__all__ = ["PaperFigure", "average", "compare", "heads", "heatmap", "profile"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +112,20 @@ def heatmap(
     Args:
         footprint: what to draw.
         kind: one kind, or
-        kinds: several; none of both: all kinds of the footprint. Side by side, or below each other in a column.
+        kinds: several; none of both: all kinds that have a map. Side by side, or below each other in a column.
         fact: which fact; None for the only one.
         column: raw scores, or effects.
         planted: layers in which a model is known to hold its facts; marked above the maps.
         shared: one scale for all maps.
-        vmin: lower end of the colour scale; None: the corrupted run's score (or an effect of 0).
+        vmin: lower end of the colour scale; None: the corrupted run's score, or an effect of 0 (which is the middle of the scale
+            where a method without a corrupted run finds effects of both signs).
         vmax: upper end; None: the best cell.
         size: None: a column for one map, a page for several.
 
     Raises:
-        ResultError: there is no such fact or kind.
+        ResultError: no such fact or kind, or no map of it: it is of single heads or neurons, or of no token.
     """
-    chosen = _chosen(kind, kinds, footprint)
+    chosen = _chosen(kind, kinds, drawing.mapped_kinds(footprint))
     if fact is None and len(footprint.facts) == 1:
         fact = footprint.facts[0]
     panels = [drawing.panel(footprint, kind=each, fact=fact, column=column) for each in chosen]
@@ -132,6 +134,29 @@ def heatmap(
         _scaled(panels, shared, vmin, vmax), run=footprint.run, title=f"{footprint.run.get('what', 'Map')}: {prompt}",
         planted=planted, size=size,
     )  # fmt: skip
+
+
+def heads(
+    footprint: Footprint,
+    *,
+    kind: str = "z",
+    fact: str | None = None,
+    token: Role | None = None,
+    planted: range | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    size: Size | None = None,
+) -> PaperFigure:
+    """The effects of a fact's attention heads: heads down, layers across (both 0-based).
+
+    A cell is the head's largest token, or with `token` the mean over the tokens of that role. Other arguments as of `heatmap`.
+
+    Raises:
+        ResultError: the method looked at no single heads, or no token has this role.
+    """
+    panel = drawing.heads_panel(footprint, kind=kind, fact=fact, token=token).on(vmin, vmax)
+    title = f"{footprint.run.get('what', 'Map')}: heads"
+    return _maps([panel], run=footprint.run, title=title, planted=planted, size=size)
 
 
 def average(
@@ -149,7 +174,7 @@ def average(
 
     Arguments as of `heatmap`.
     """
-    panels = [drawing.average_panel(result, kind=each) for each in _chosen(kind, kinds, result)]
+    panels = [drawing.average_panel(result, kind=each) for each in _chosen(kind, kinds, result.table["kind"].unique())]
     title = f"Average over {result.run.get('n_facts', len(result.run.get('facts', ())))} facts"
     return _maps(_scaled(panels, shared, vmin, vmax), run=result.run, title=title, planted=planted, size=size)
 
@@ -176,7 +201,7 @@ def profile(
     Raises:
         ResultError: there is no such kind or role.
     """
-    chosen = _chosen(kind, kinds, result)
+    chosen = _chosen(kind, kinds, result.table["kind"].unique())
     with _settings():
         across = size != "column"
         width, height = _inches(size, n=len(chosen), one=1.55, extra=0.55)
@@ -187,32 +212,55 @@ def profile(
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for ax, each in zip(axes, chosen, strict=True):
             table = drawing.curves(result, kind=each, roles=roles)
-            if planted:
-                ax.axvspan(planted[0] - 0.5, planted[-1] + 0.5, color="#ededed", linewidth=0, zorder=0)
-            ax.axhline(0, color=_FRAME, linewidth=0.5, zorder=1)
-            for role in dict.fromkeys(table["role"]):
-                line, color = table[table["role"] == role], drawing.ROLE_COLORS[role]["light"]
-                ax.fill_between(line["layer"], line["low"], line["high"], color=color, alpha=0.18, linewidth=0)
-                ax.plot(
-                    line["layer"], line["value"], color=color, linewidth=1.1, marker="o", markersize=1.8,
-                    label=drawing.ROLE_WORDS[role],
-                )  # fmt: skip
-            layers = sorted(set(table["layer"]))
-            ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
-            ax.set_xticks(drawing.layer_ticks(layers))
+            styles = {role: (drawing.ROLE_COLORS[role]["light"], ()) for role in dict.fromkeys(table["role"])}
+            _draw_lines(ax, table, by="role", styles=styles, planted=planted)
             _write(ax.title, drawing.KIND_WORDS.get(each, each), size=8)
             _write(ax.xaxis.label, drawing.layer_title(result, kind=each))
-            _frame(ax, sides=("left", "bottom"))
-            ax.yaxis.set_major_locator(MaxNLocator(5))
             if ax is axes[0] or not across:
                 _write(ax.yaxis.label, drawing.curve_name(result))
-        handles, labels = axes[0].get_legend_handles_labels()
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(labels), 3 if width > 5 else 2), frameon=False,
-            fontsize=7, handlelength=1.4, columnspacing=1.2, labelspacing=0.25, borderaxespad=0,
-        )  # fmt: skip
-        for text in legend.get_texts():
-            _write(text, text.get_text())
+        _legend(figure, axes[0], names=[drawing.ROLE_WORDS[role] for role in styles], columns=3 if width > 5 else 2)
+        _settle(figure)
+    return figure
+
+
+def compare(
+    footprints: Sequence[Footprint],
+    *,
+    kinds: Sequence[str] | None = None,
+    token: Role | None = None,
+    form: Literal["lines", "strips"] = "lines",
+    planted: range | None = None,
+    size: Size | None = None,
+) -> PaperFigure:
+    """Several methods by layer (0-based), each normalised fact by fact, as means over facts: see `profiles.layer_profiles`.
+
+    Args:
+        footprints: of one model, with at least one fact in common.
+        kinds: which kinds of sites; None: all.
+        token: the role of the tokens that count; None: the largest of all tokens.
+        form: `lines`, methods in colours and kinds in dashes, with bands of 95 % (Student's t over facts; none for a single fact);
+            or `strips`, a row of cells for each series, which stays readable for many.
+        planted: layers in which a model is known to hold its facts; shaded, or marked above the strips.
+        size: None: a column.
+
+    Raises:
+        ResultError: nothing to compare, other weights, no fact or no such kind in common, or one series twice.
+    """
+    run = profiles.comparison_manifest("Comparison", footprints, kinds=kinds, token=token)
+    if form == "strips":
+        panel = drawing.comparison_panel(footprints, kinds=kinds, token=token)
+        return _maps([panel], run=run, title=panel.title, planted=planted, size=size)
+    table = drawing.comparison(footprints, kinds=kinds, token=token)
+    styles = {label: (colors["light"], dash) for label, (colors, dash) in drawing.series_styles(table).items()}
+    columns = 2 if size == "page" or (isinstance(size, tuple) and size[0] > 5) else 1
+    with _settings():
+        width, height = _inches(size, n=1, one=1.7, extra=0.55 + 0.12 * -(-len(styles) // columns))
+        figure = PaperFigure(run=run, title="Methods by layer", figsize=(width, height), layout="constrained")
+        ax = figure.subplots()
+        _draw_lines(ax, table, by="label", styles=styles, planted=planted)
+        _write(ax.xaxis.label, drawing.comparison_layers(footprints, kinds=table["kind"].unique()))
+        _write(ax.yaxis.label, drawing.comparison_name(table))
+        _legend(figure, ax, names=list(styles), columns=columns)
         _settle(figure)
     return figure
 
@@ -233,9 +281,12 @@ class _settings:
         _LOCK.release()
 
 
-def _chosen(kind: str | None, kinds: Sequence[str], result: Result) -> list[str]:
+def _chosen(kind: str | None, kinds: Sequence[str], there: Iterable[str]) -> list[str]:
     named = [kinds] if isinstance(kinds, str) else list(kinds)
-    return ([kind] if kind else named) or list(result.table["kind"].unique())
+    chosen = ([kind] if kind else named) or list(there)
+    if not chosen:
+        raise ResultError("No kind of this footprint has a map. Draw it with heads() or compare().")
+    return chosen
 
 
 def _scaled(panels: Sequence[Panel], shared: bool, vmin: float | None, vmax: float | None) -> list[Panel]:
@@ -284,9 +335,7 @@ def _settle(figure: PaperFigure) -> None:
 
 def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: range | None) -> None:
     values, layers = panel.values.to_numpy(), [int(layer) for layer in panel.values.columns]
-    colors = LinearSegmentedColormap.from_list(
-        panel.kind, drawing.SCALES[drawing.HUES.get(panel.kind, "blue")]["light"]
-    )
+    colors = LinearSegmentedColormap.from_list(panel.kind, panel.colors("light"))
     mesh = ax.pcolormesh(
         _edges(layers), range(len(values) + 1), values, cmap=colors.reversed() if panel.reverse else colors,
         norm=Normalize(panel.low, panel.high), edgecolors="face", linewidth=0.2, rasterized=False,
@@ -299,7 +348,7 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
     ax.set_yticks([i + 0.5 for i in range(len(values))])
     _frame(ax, sides=("left", "right", "top", "bottom"))
     ax.tick_params(axis="y", length=0)
-    labels = [drawing.shortened(label, 24) for label in panel.labels] if named else []
+    labels = list(panel.labels) if named else []
     ax.set_yticklabels(
         [_with_fonts(label)[1] for label in labels]
     )  # what is drawn; the texts below only get their fonts
@@ -321,6 +370,43 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
         ax.set_title(ax.title.get_text(), pad=13)
         _write(ax.title, panel.title, size=8)
     _bar(figure, ax, mesh, panel)
+
+
+def _draw_lines(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    by: str,
+    styles: Mapping[str, tuple[str, tuple[float, ...]]],
+    planted: range | None,
+) -> None:
+    """Lines over the layers with what lies between `low` and `high`, in the colours and dashes given."""
+    if planted:
+        ax.axvspan(planted[0] - 0.5, planted[-1] + 0.5, color="#ededed", linewidth=0, zorder=0)
+    ax.axhline(0, color=_FRAME, linewidth=0.5, zorder=1)
+    for name, (color, dash) in styles.items():
+        line = table[table[by] == name]
+        ax.fill_between(line["layer"], line["low"], line["high"], color=color, alpha=0.18, linewidth=0)
+        ax.plot(
+            line["layer"], line["value"], color=color, linewidth=1.1, marker="o", markersize=1.8,
+            linestyle=(0, dash) if dash else "-",
+        )  # fmt: skip
+    layers = sorted(set(table["layer"]))
+    ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    ax.set_xticks(drawing.layer_ticks(layers))
+    _frame(ax, sides=("left", "bottom"))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _legend(figure: Figure, ax: Axes, *, names: Sequence[str], columns: int) -> None:
+    """The names of the lines of some axes, below the figure."""
+    lines = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    legend = figure.legend(
+        lines, names, loc="outside lower center", ncols=min(len(names), columns), frameon=False, fontsize=7,
+        handlelength=2.6, columnspacing=1.2, labelspacing=0.25, borderaxespad=0,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        _write(text, text.get_text())
 
 
 def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, panel: Panel) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -18,7 +18,7 @@ from workbench.drawing import Column, Panel, Theme
 from workbench.results import Footprint, Result
 from workbench.sites import Role
 
-__all__ = ["average", "heatmap", "lens", "predictions", "profile", "samples", "shared_range"]
+__all__ = ["average", "compare", "heads", "heatmap", "lens", "predictions", "profile", "samples", "shared_range"]
 
 FONT = '"Source Sans", "Source Sans 3", system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 """Streamlit's own font first, then what each system has."""
@@ -67,16 +67,41 @@ def heatmap(
         kind: which of its kinds.
         fact: which fact; None for the only one.
         theme: the page's.
-        column: raw scores as ROME draws them, or effects. Effects where there are no scores.
-        vmin: lower end of the colour scale; None: the corrupted run's score (or an effect of 0).
+        column: raw scores as ROME draws them, or effects. Effects where there are no scores, or no corrupted run below them.
+        vmin: lower end of the colour scale; None: the corrupted run's score, or an effect of 0 (which is the middle of the scale
+            where a method without a corrupted run finds effects of both signs).
         vmax: upper end; None: the map's best cell. See `shared_range`.
         planted: layers in which a model is known to hold its facts; marked above the map.
         title: write the kind above the map.
 
     Raises:
-        ResultError: there is no such fact or kind.
+        ResultError: no such fact or kind, or no map of it: it is of single heads or neurons, or of no token.
     """
     panel = drawing.panel(footprint, kind=kind, fact=fact, column=column, vmin=vmin, vmax=vmax)
+    return _map(panel, theme=theme, planted=planted, title=title)
+
+
+def heads(
+    footprint: Footprint,
+    *,
+    kind: str = "z",
+    fact: str | None = None,
+    token: Role | None = None,
+    theme: Theme = "light",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    planted: range | None = None,
+    title: bool = True,
+) -> go.Figure:
+    """The effects of a fact's attention heads: heads down, layers across (both 0-based); a click gives `str(Site)`.
+
+    A cell is the head's largest token, whose site the click gives, or with `token` the mean over the tokens of that role. Other
+    arguments as of `heatmap`.
+
+    Raises:
+        ResultError: the method looked at no single heads, or no token has this role.
+    """
+    panel = drawing.heads_panel(footprint, kind=kind, fact=fact, token=token).on(vmin, vmax)
     return _map(panel, theme=theme, planted=planted, title=title)
 
 
@@ -130,41 +155,85 @@ def profile(
     table, ink = drawing.curves(result, kind=kind, roles=roles), _INK[theme]
     figure = go.Figure()
     if planted:
-        figure.add_vrect(
-            x0=planted[0] - 0.5, x1=planted[-1] + 0.5, fillcolor=ink["ground"], line_width=0, layer="below"
-        )
-        figure.add_annotation(**_planted_note(planted, theme), y=1, yshift=10)
+        _shade(figure, planted, theme)
     for role in dict.fromkeys(table["role"]):
         rows, color = table[table["role"] == role], drawing.ROLE_COLORS[role][theme]
-        around = rows.dropna(subset=["low", "high"])
-        if len(around):
-            figure.add_scatter(
-                x=[*around["layer"], *around["layer"][::-1]], y=[*around["high"], *around["low"][::-1]],
-                fill="toself", fillcolor=_faded(color, 0.16), line_width=0, mode="lines", hoverinfo="skip",
-                legendgroup=role, showlegend=False,
-            )  # fmt: skip
+        _band(figure, rows, color=color, group=role)
         figure.add_scatter(
             x=rows["layer"], y=rows["value"], mode="lines+markers", name=drawing.ROLE_WORDS[role], legendgroup=role,
             line=dict(color=color, width=2), marker=dict(color=color, size=5),
             hovertext=[_interval_note(row) for row in rows.to_dict("records")],
             hovertemplate="%{hovertext}<extra></extra>",
         )  # fmt: skip
-    layers = sorted(set(table["layer"]))
-    figure.update_xaxes(
-        title_text=drawing.layer_title(result, kind=kind), tickvals=drawing.layer_ticks(layers), tickangle=0,
-        range=[layers[0] - 0.5, layers[-1] + 0.5], showgrid=False, zeroline=False, automargin=True,
+    _by_layer(
+        figure, sorted(set(table["layer"])), ink=ink, value=_safe(drawing.curve_name(result)),
+        layer=drawing.layer_title(result, kind=kind),
     )  # fmt: skip
-    figure.update_yaxes(
-        title_text=_safe(drawing.curve_name(result)),
-        gridcolor=ink["faint"],
-        griddash="dot",
-        zeroline=False,
-        automargin=True,
-    )
-    figure.update_layout(
-        height=400, hovermode="closest", legend=dict(orientation="h", y=-0.2, yanchor="top", x=0, xanchor="left")
-    )
+    figure.update_layout(height=400)
     return _dressed(figure, theme=theme, title=drawing.KIND_WORDS.get(kind, kind) if title else "")
+
+
+def compare(
+    footprints: Sequence[Footprint],
+    *,
+    kinds: Sequence[str] | None = None,
+    token: Role | None = None,
+    form: Literal["lines", "strips"] = "lines",
+    theme: Theme = "light",
+    planted: range | None = None,
+    title: bool = False,
+) -> go.Figure:
+    """Several methods by layer (0-based), each normalised fact by fact, as means over facts: see `profiles.layer_profiles`.
+
+    Args:
+        footprints: of one model, with at least one fact in common.
+        kinds: which kinds of sites; None: all.
+        token: the role of the tokens that count; None: the largest of all tokens.
+        form: `lines`, methods in colours and kinds in dashes, with bands of 95 % (Student's t over facts; none for a single fact);
+            or `strips`, a row of cells for each series, which stays readable for many.
+        theme: the page's.
+        planted: layers in which a model is known to hold its facts; shaded, or marked above the strips.
+        title: write a title above the strips.
+
+    Raises:
+        ResultError: nothing to compare, other weights, no fact or no such kind in common, or one series twice.
+    """
+    if form == "strips":
+        panel = drawing.comparison_panel(footprints, kinds=kinds, token=token)
+        return _map(panel, theme=theme, planted=planted, title=title)
+    table, ink = drawing.comparison(footprints, kinds=kinds, token=token), _INK[theme]
+    styles = drawing.series_styles(table)
+    figure = go.Figure()
+    if planted:
+        _shade(figure, planted, theme)
+    figure.add_hline(y=0, line=dict(color=ink["faint"], width=1), layer="below")
+    for label, (colors, _) in styles.items():
+        _band(
+            figure,
+            table[table["label"] == label],
+            color=colors[theme],
+            group=label,
+            alpha=0.16 if len(styles) <= 6 else 0.08,
+        )
+    for label, (colors, dash) in styles.items():
+        rows, color = table[table["label"] == label], colors[theme]
+        figure.add_scatter(
+            x=rows["layer"], y=rows["value"], mode="lines+markers", name=_safe(label), legendgroup=label,
+            line=dict(color=color, width=2, dash=",".join(f"{2 * length:g}px" for length in dash) or "solid"),
+            marker=dict(color=color, size=5),
+            hovertext=[_lines(drawing.series_note(row)) for row in rows.to_dict("records")],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )  # fmt: skip
+    _by_layer(
+        figure, sorted(set(table["layer"])), ink=ink, value=drawing.comparison_name(table),
+        layer=drawing.comparison_layers(footprints, kinds=table["kind"].unique()),
+    )  # fmt: skip
+    wide = 8 + 7 * max(map(len, styles))  # pixels of a name, so that names stand in columns
+    figure.update_layout(
+        height=320 + 30 * ((len(styles) + 1) // 2),
+        legend=dict(itemwidth=44, entrywidth=wide, entrywidthmode="pixels"),
+    )
+    return _dressed(figure, theme=theme, margin=dict(l=8, r=8, t=24 if planted else 12, b=8))
 
 
 def predictions(
@@ -290,7 +359,7 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
     figure = go.Figure(
         go.Heatmap(
             z=values.to_numpy(), x=layers, y=list(range(n_rows)), zmin=panel.low, zmax=panel.high,
-            colorscale=_scale(panel.kind, theme), reversescale=panel.reverse, hoverinfo="skip",
+            colorscale=_scale(panel.colors(theme)), reversescale=panel.reverse, hoverinfo="skip",
             xgap=1 if len(layers) <= 60 else 0, ygap=1,
             colorbar=dict(
                 title=dict(text=bar_title, side="top" if short else "right", font=dict(size=12, color=ink["muted"])),
@@ -348,6 +417,35 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
     return _dressed(figure, theme=theme, title=panel.title if title else "", margin=dict(l=8, r=8, t=top, b=bottom))
 
 
+def _by_layer(figure: go.Figure, layers: Sequence[int], *, ink: dict[str, str], value: str, layer: str) -> None:
+    """Axes and legend of lines over the layers."""
+    figure.update_xaxes(
+        title_text=layer, tickvals=drawing.layer_ticks(layers), tickangle=0,
+        range=[layers[0] - 0.5, layers[-1] + 0.5], showgrid=False, zeroline=False, automargin=True,
+    )  # fmt: skip
+    figure.update_yaxes(title_text=value, gridcolor=ink["faint"], griddash="dot", zeroline=False, automargin=True)
+    figure.update_layout(hovermode="closest", legend=dict(orientation="h", y=-0.2, yanchor="top", x=0, xanchor="left"))
+
+
+def _band(figure: go.Figure, rows: pd.DataFrame, *, color: str, group: str, alpha: float = 0.16) -> None:
+    """What lies between `low` and `high`, where there is such."""
+    around = rows.dropna(subset=["low", "high"])
+    if len(around):
+        figure.add_scatter(
+            x=[*around["layer"], *around["layer"][::-1]], y=[*around["high"], *around["low"][::-1]],
+            fill="toself", fillcolor=_faded(color, alpha), line_width=0, mode="lines", hoverinfo="skip",
+            legendgroup=group, showlegend=False,
+        )  # fmt: skip
+
+
+def _shade(figure: go.Figure, planted: range, theme: Theme) -> None:
+    """The planted band behind lines over the layers."""
+    figure.add_vrect(
+        x0=planted[0] - 0.5, x1=planted[-1] + 0.5, fillcolor=_INK[theme]["ground"], line_width=0, layer="below"
+    )
+    figure.add_annotation(**_planted_note(planted, theme), y=1, yshift=10)
+
+
 def _dressed(figure: go.Figure, *, theme: Theme, title: str = "", margin: dict[str, int] | None = None) -> go.Figure:
     """The figure in the page's ink, on no ground of its own."""
     ink = _INK[theme]
@@ -386,9 +484,7 @@ def _row_height(n_rows: int) -> int:
 
 
 def _row_label(panel: Panel, row: int, theme: Theme) -> str:
-    label, ink = _safe(drawing.shortened(panel.labels[row], 24)), _INK[theme]
-    if panel.labels[row].endswith("*") and not label.endswith("*"):
-        label += "*"
+    label, ink = _safe(panel.labels[row]), _INK[theme]
     if panel.strong[row]:
         return f'<span style="color:{ink["text"]}"><b>{label}</b></span>'
     return label
@@ -416,8 +512,7 @@ def _dots(color: str, name: str) -> dict[str, Any]:
     )
 
 
-def _scale(kind: str, theme: Theme) -> list[list[Any]]:
-    colors = drawing.SCALES[drawing.HUES.get(kind, "blue")][theme]
+def _scale(colors: Sequence[str]) -> list[list[Any]]:
     return [[i / (len(colors) - 1), color] for i, color in enumerate(colors)]
 
 
