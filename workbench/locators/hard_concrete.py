@@ -1,7 +1,7 @@
 """Which neurons does the answer need when as many as possible must close? A learned mask over all MLP neurons.
 
-Gates: Louizos et al. 2018 (arXiv 1712.01312, eq. 10 to 12). As a locator: Chang et al. 2024 (arXiv 2311.09060, sec. 4), where
-pruning-based methods were best. Hyperparameters are those of the authors' code for their INJ benchmark.
+Gates: Louizos et al. 2018 (arXiv 1712.01312, eq. 10 to 12). As a locator: Chang et al. 2024 (arXiv 2311.09060), where methods
+borrowed from pruning were best. Hyperparameters are those of the authors' code for their INJ benchmark.
 
 1. Every neuron gets a gate with one parameter, log alpha; all start alike.
 2. A step draws u uniformly and opens each gate by z = clamp(s (r - l) + l, 0, 1) with l = -0.1, r = 1.1 and
