@@ -51,7 +51,8 @@ class DirectLogitAttribution(Locator):
     """
 
     score: Literal["logit", "logit_diff"] = "logit"
-    """The logit of the answer's first token, or how far it is above the foil's: `target_new` of the fact, else the best other token."""
+    """The logit of the answer's first token, or how far it is above the foil's: the first token of the fact's `target_new`, or else
+    the best other one."""
 
     centred: bool = True
     """Take from each logit the mean over the vocabulary, since a softmax does not see what raises all logits alike."""
