@@ -1,4 +1,12 @@
-"""What several pages need: the process's workers, the choice of a model and of a fact, forms, the strip of jobs, downloads."""
+"""What several pages need: the process's workers, the choice of a model and of a fact, forms, jobs, maps, downloads, permalinks.
+
+A page on one method is made like this (`1_explore.py`):
+
+1. `arrive(method, fields)` opens the question of a link or button; `ask(...)` draws the inputs and gives the `Asked`.
+2. `find(asked)` says what is stored, whether the model is there and what is wrong with the question.
+3. `show_wrong`, `show_action` and `show_jobs` start the work and show how far it is.
+4. `show_map`, `chosen_site`, `show_lens` and `show_downloads` show the answer.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +14,27 @@ import gc
 import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import streamlit as st
+from plotly.graph_objects import Figure
 from streamlit import config
 from streamlit.errors import StreamlitAPIException
 
-from workbench import zoo
-from workbench.asked import Asked, Listed, find_stored, list_asked
+from analyses.explore_fact import Lens, Look, default_site, lens_at, look
+from workbench import drawing, export, plots, zoo
+from workbench.asked import Asked, Listed, Stored, find_stored, list_asked
+from workbench.errors import InputError
 from workbench.facts import Fact
-from workbench.forms import FormField, form_of
+from workbench.forms import FormField, form_of, methods_of
 from workbench.jobs import Job, ModelChoice, Status, Workshop
+from workbench.results import Footprint, Result
+from workbench.sites import Site
 from workbench.store import Store, results_folder
 from workbench.subjects import guess_subject
 from workbench.zoo import examples
@@ -36,6 +51,38 @@ QUIET: dict[str, Any] = {"displayModeBar": False, "scrollZoom": False, "doubleCl
 """Plotly's configuration: no tool bar, no zooming by accident."""
 
 PRECISIONS = ("float32", "bfloat16", "float16", "float64")
+
+PAGES = {
+    "CausalTrace": "1_explore.py",
+    "ActivationPatching": "2_patch_two_prompts.py",
+    "ValueVectors": "3_value_vectors.py",
+}
+"""The pages of methods that have one of their own."""
+
+COMPARISON = "4_compare_locators.py"
+"""The page of all other methods."""
+
+KINDS = {
+    "embed": "token embedding",
+    "resid_pre": "state before the block",
+    "resid_mid": "state between attention and MLP",
+    "resid_post": "state after the block",
+    "attn_out": "attention output",
+    "mlp_out": "MLP output",
+    "z": "output of the heads",
+    "mlp_post": "neurons of the MLP",
+}
+"""Kinds of sites inside of a sentence."""
+
+SCORES = {
+    "p": "probability of “{answer}”",
+    "p_target": "probability of all of “{answer}”",
+    "logp": "log probability of “{answer}” (nats)",
+    "logit_diff": "logit of “{answer}” minus “{foil}”",
+    "rank": "rank of “{answer}” (0 is the top)",
+    "kl": "KL from the clean prediction (nats)",
+}
+"""Scores inside of a sentence."""
 
 config.set_option("global.disableWidgetStateDuplicationWarning", True)
 """An opened trace is put into widgets that have defaults; a widget needs its default to keep it out of the URL."""
@@ -264,26 +311,88 @@ def _as_typed(field: FormField, value: Any) -> Any:
 
 
 @st.cache_resource(show_spinner=False)
-def method_fields(module: str, name: str, only: tuple[str, ...], empty: tuple[str, ...] = ()) -> tuple[FormField, ...]:
+def method_fields(method: str, only: tuple[str, ...], empty: tuple[str, ...] = ()) -> tuple[FormField, ...]:
     """The fields of a method that a page asks for, in the page's order; those in `empty` have no default of their own."""
-    fields = {field.name: field for field in form_of(module, name)}
+    fields = {field.name: field for field in form_of(methods_of("workbench.locators")[method], method)}
     return tuple(replace(fields[one], default=None) if one in empty else fields[one] for one in only)
 
 
+def ask(
+    method: str,
+    fields: Sequence[FormField],
+    *,
+    placeholders: Mapping[str, str],
+    labels: Mapping[str, str],
+    earlier_title: str,
+    more: Callable[[ModelChoice, Fact], Mapping[str, Any]] | None = None,
+) -> Asked | None:
+    """The inputs of a page on one method; None where the question cannot be asked, with one sentence why.
+
+    Args:
+        method: class name of the locator.
+        fields: its options, of `method_fields`.
+        placeholders: what is shown in fields while they are empty.
+        labels: what fields are called, where it is not their name.
+        earlier_title: what the list of earlier questions is called.
+        more: draws further widgets below the fact and gives back further options.
+    """
+    left, right = st.columns([1, 2], gap="medium")
+    with left:
+        choice = choose_model()
+        buttons = st.container(horizontal=True)
+        with buttons.popover("Options", icon=":material/tune:"), st.grid(min_column_width=200, width=520):
+            options = fill_form(fields, placeholders, labels)
+            choose_precision()
+        with buttons.popover(earlier_title, icon=":material/history:"):
+            show_earlier(method, "None yet. Everything that was computed is kept and can be opened here again.")
+        if options:
+            st.caption("Changed: " + plain(", ".join(f"{name} {value}" for name, value in options.items())))
+    with right:
+        try:
+            fact = choose_fact(choice.name)
+        except InputError as error:
+            show_error(error)
+            return None
+        more_options = more(choice, fact) if more else {}
+    return Asked(model=choice.name, dtype=choice.dtype, fact=fact, method=method, options={**options, **more_options})
+
+
+def show_earlier(method: str, none: str) -> None:
+    """A button for every question that a method was asked before; `none` is said where there is none."""
+    listed = earlier(method)
+    if not listed:
+        st.caption(none)
+    with st.container(height=380 if len(listed) > 8 else "content", border=False, width=520):
+        for entry in listed[:60]:
+            st.button(
+                question_label(entry.asked),
+                key=f"open-{entry.key}",
+                help=plain(f"{entry.asked.fact.text} (asked {when(entry.made)})"),
+                type="tertiary",
+                on_click=go_to,
+                args=(entry.asked,),
+            )
+
+
 def go_to(asked: Asked) -> None:
-    """Has the page show a question, at its next run; for callbacks, of fragments too."""
+    """Has the app show a question, at its next run, on the page of its method; for callbacks, of fragments too."""
     st.session_state["going_to"] = asked
 
 
-def arrive(fields: Sequence[FormField]) -> None:
-    """Puts the question of `go_to`, if any, into the widgets and into the URL. To be called before any widget is drawn.
+def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
+    """Opens the question of `go_to`, if any: on the page of its method, in the widgets and in the URL. To be called first of all.
 
     Args:
+        method: whose page it is; None for the comparison, which is the page of all methods without one.
         fields: the options the page has widgets for; those not in the question get their defaults.
     """
-    asked = st.session_state.pop("going_to", None)
+    asked: Asked | None = st.session_state.get("going_to")
     if asked is None:
-        return
+        return None
+    page = PAGES.get(asked.method, COMPARISON)
+    if page != PAGES.get(method or "", COMPARISON):
+        st.switch_page(Path(__file__).parent / page)
+    del st.session_state["going_to"]
     fact, label = asked.fact, _fact_label(asked.fact)
     known = known_facts(asked.model)
     is_known = known.get(label) == fact
@@ -309,6 +418,7 @@ def arrive(fields: Sequence[FormField]) -> None:
         else:
             with suppress(StreamlitAPIException):  # Streamlit itself writes what a widget on the page is bound to
                 st.query_params[name] = str(value)
+    return asked
 
 
 def _tidy(*names: str) -> None:
@@ -349,15 +459,32 @@ def moment(jobs: Sequence[Job[Any]]) -> tuple[Any, ...]:
     return tuple((str(job.key), job.status.state, job.status.rounds) for job in jobs)
 
 
-def trace_label(asked: Asked) -> str:
-    """A question in a few words, as markdown."""
+def method_words(method: str) -> str:
+    """A method's class name in words, e.g. `Causal trace`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", method).capitalize()
+
+
+def question_label(asked: Asked) -> str:
+    """A question to a method in a few words, as markdown."""
     changed = ", ".join(f"{name} {value}" for name, value in asked.options.items())
     return plain(f"{asked.fact.subject} on {asked.model}" + (f" ({changed})" if changed else ""))
 
 
-def file_name(asked: Asked) -> str:
+def job_title(asked: Asked) -> str:
+    """A question and its method in a few words, as markdown."""
+    return f"{method_words(asked.method)}, {question_label(asked)}"
+
+
+def file_name(what: str, asked: Asked) -> str:
     """A name for downloads: of letters, digits and dashes."""
-    return re.sub(r"[^\w]+", "-", f"trace {asked.fact.subject} {asked.model.rpartition('/')[2]}").strip("-").lower()
+    return re.sub(r"[^\w]+", "-", f"{what} {asked.fact.subject} {asked.model.rpartition('/')[2]}").strip("-").lower()
+
+
+def score_name(footprint: Footprint) -> str:
+    """What was measured, in words."""
+    told = drawing.fact_row(footprint, None)
+    name = SCORES[footprint.run["parameters"]["score"]]
+    return name.format(answer=plain(str(told["answer"])), foil=plain(str(told["foil"])))
 
 
 def when(made: str) -> str:
@@ -380,20 +507,273 @@ def show_error(error: Exception | str) -> None:
     st.error(plain(str(error)), icon=":material/error:")
 
 
+# -- a question and its work -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where a question stands."""
+
+    stored: Stored | None
+    """What is stored of it."""
+
+    model: Job[LM]
+    """The job that loads its model."""
+
+    lm: LM | None
+    """The model, once it is there."""
+
+    seen: Look | None
+    """What the model says after the prompt, once it is there and nothing is wrong."""
+
+    wrong: str
+    """What is wrong with the model or the question, in one sentence; empty: nothing."""
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """As much of the answer as is stored."""
+        return self.stored.footprint if self.stored is not None else None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Parts of the answer that are not there, while others are."""
+        return self.stored.missing if self.stored is not None and self.footprint is not None else ()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the stored answer is of other weights of the same name."""
+        return (
+            self.footprint is not None
+            and self.lm is not None
+            and self.footprint.run["weight_hash"] != self.lm.weight_hash
+        )
+
+
+def find(asked: Asked) -> Found:
+    """What is stored of a question, and what the model says to it; its model is loaded where it is not yet."""
+    model = workshop().model(choice_of(asked))
+    lm = model.result if model.status.state == "done" else None
+    seen, wrong = check_question(asked, lm) if lm is not None else (None, model.status.error)
+    return Found(stored=asked.find(store()), model=model, lm=lm, seen=seen, wrong=wrong)
+
+
+def check_question(asked: Asked, lm: LM) -> tuple[Look | None, str]:
+    """What the model says, and what is wrong with the question (empty: nothing), before any long work."""
+    try:
+        seen = look_cached(lm, asked.fact, lm.weight_hash, asked.fact.id, asked.fact.text, asked.fact.target_true)
+        _check_cached(lm, asked, lm.weight_hash, asked.key)
+    except InputError as error:
+        return None, str(error)
+    return seen, ""
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def look_cached(_lm: LM, _fact: Fact, weights: str, *version: str) -> Look:
+    """What the model says after the prompt, computed once for each version of a fact."""
+    return look(_lm, _fact)
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def _check_cached(_lm: LM, _asked: Asked, weights: str, key: str) -> None:
+    """Raises where the options cannot be used; computed once."""
+    _asked.locator(_lm)
+
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def _lens_cached(_lm: LM, _asked: Asked, weights: str, key: str, site: str) -> Lens:
+    """The logit lens at one site, computed once."""
+    return lens_at(_lm, _asked.fact, site=Site.parse(site))
+
+
+def start(*questions: Asked) -> None:
+    """Queues questions; for the button."""
+    here = store()
+    for asked in questions:
+        workshop().submit(choice_of(asked), partial(asked.compute, store=here), key=asked.key, title=job_title(asked))
+
+
+def show_wrong(asked: Asked, found: Found) -> None:
+    """What is wrong with the model or the question, if anything."""
+    if not found.wrong:
+        return
+    show_error(found.wrong)
+    if found.lm is None:
+        st.button("Try again", on_click=workshop().forget, args=(choice_of(asked),), icon=":material/refresh:")
+
+
+def show_action(asked: Asked, found: Found, *, verb: str) -> None:
+    """The button that starts the work, called `verb`, or what became of it."""
+    if is_running(asked) or (found.footprint is not None and not found.missing and not found.stale):
+        return
+    job, missing = workshop().find(asked.key), found.missing
+    st.button(
+        "Go on" if missing else verb,
+        icon=":material/play_arrow:",
+        type="primary",
+        disabled=found.seen is None,
+        on_click=start,
+        args=(asked,),
+        key="trace",
+    )
+    if job is not None and job.status.state == "failed":
+        show_error(job.status.error)
+    elif missing:
+        st.caption(
+            f"Stopped before {' and '.join(KINDS.get(kind, kind) for kind in missing)}. What was finished is kept."
+        )
+    elif found.stale:
+        st.caption("The stored maps below were made with other weights of the same name.")
+
+
+# -- the answer --------------------------------------------------------------------------------------------------------
+
+
+def show_sentence(asked: Asked, found: Found) -> None:
+    """The headline: the fact and its answer; how probable that is while there is nothing else to say."""
+    footprint, seen = found.footprint, found.seen
+    told = drawing.fact_row(footprint, None) if footprint is not None else {}
+    answer = str(told.get("answer") or (seen.answer if seen else asked.fact.target_true) or "…")
+    st.markdown(f"### {sentence(asked.fact, answer)}")
+    if footprint is None and seen is not None:
+        st.caption(f"Probability of “{plain(seen.answer)}” at the end of the prompt: {drawing.number(seen.answer_p)}.")
+
+
+def show_other_answer(footprint: Footprint) -> None:
+    """A note where the model itself says something else than the answer that is looked for."""
+    told = drawing.fact_row(footprint, None)
+    if not told["correct"]:
+        said = plain(str(told["said"]))
+        st.caption(f":orange-badge[Note] The model itself says “{said}”; the maps follow the answer above.")
+
+
+def show_predictions(found: Found) -> None:
+    """The most probable next tokens."""
+    st.markdown(
+        "**Next tokens**",
+        help="What the model says after the sentence, the most probable first; the answer stands out.",
+    )
+    if found.seen is not None:
+        show_tokens(found.seen, key="predictions")
+    elif not found.model.status.over:
+        st.skeleton(height=224)
+
+
+def show_tokens(seen: Look, *, key: str) -> None:
+    """The most probable next tokens as bars."""
+    st.plotly_chart(
+        plots.predictions(seen.top, theme=theme(), answer=seen.answer),
+        theme=None,
+        key=key,
+        config=QUIET,
+        alt="The model's most probable next tokens: "
+        + ", ".join(f"{text.strip()} {p:.2f}" for text, p in seen.top[:5]),
+    )
+
+
+def show_map(figure: Figure, *, key: str, alt: str) -> None:
+    """A map. A click on a cell puts its site into the session and into the URL; see `chosen_site`.
+
+    Args:
+        figure: of `plots.heatmap` or `plots.heads`; the same object in every run, so that the selection stays.
+        key: names the map, and what was drawn into it.
+        alt: what it shows, for those who do not see it.
+    """
+    st.plotly_chart(
+        figure,
+        theme=None,
+        key=key,
+        on_select=partial(_pick_site, key),
+        selection_mode="points",
+        config=QUIET,
+        alt=alt,
+    )
+
+
+def _pick_site(key: str) -> None:
+    """Notes the cell that was clicked; a click on nothing keeps the last one."""
+    points = st.session_state[key].selection.points
+    if points:
+        data = points[0]["customdata"]
+        st.session_state["site"] = data[0] if isinstance(data, list) else data
+        st.query_params["site"] = st.session_state["site"]
+
+
+def chosen_site(footprint: Footprint) -> tuple[Site, bool]:
+    """The cell that was clicked, and True; or the strongest of its map, and False, where none was that the footprint has."""
+    chosen = st.session_state.get("site") or st.query_params.get("site")
+    with suppress(InputError):
+        site = Site.parse(chosen) if chosen else None
+        if site is not None and (footprint.table["site"] == str(site)).any():
+            return site, True
+    return default_site(footprint), False
+
+
+def show_lens(asked: Asked, site: Site, lm: LM | None) -> None:
+    """What the final norm and the unembedding read at a site."""
+    st.markdown(
+        "**Logit lens**",
+        help="The clean run's state here, read by the final norm and the unembedding as if it were the last layer's. "
+        "For MLP and attention it reads what this layer alone adds, so compare ranks rather than probabilities.",
+    )
+    if lm is None:
+        st.skeleton(height=224)
+        return
+    try:
+        lens = _lens_cached(lm, asked, lm.weight_hash, asked.key, str(site))
+    except InputError:  # the maps are of other weights of the same name
+        st.caption("The loaded model has no such site.")
+        return
+    st.plotly_chart(
+        plots.lens(lens.top, kind=site.kind, theme=theme(), answer=lens.answer),
+        theme=None,
+        key="lens-chart",
+        config=QUIET,
+        alt="The logit lens at this site: " + ", ".join(f"{text.strip()} {p:.2f}" for text, p in lens.top[:5]),
+    )
+
+
+def show_downloads(result: Result, draw: Callable[[], export.Savable], *, name: str, version: Sequence[str]) -> None:
+    """Files of a result, each with its protocol inside, and the protocol to read.
+
+    Args:
+        result: its table goes into csv and parquet.
+        draw: makes the figure of `workbench.paper` for pdf, svg and png.
+        name: of the files, without their ending.
+        version: names result and figure: files are made anew when it changes.
+    """
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown("**Download**", help="PDF, SVG and PNG are drawn for print. Every file holds its protocol.")
+        for form, data in _files(result, draw, tuple(version)).items():
+            st.download_button(
+                form.upper(), data=data, file_name=f"{name}.{form}", on_click="ignore", key=f"download-{form}"
+            )
+        with st.popover("Protocol", icon=":material/description:"):
+            st.markdown(plain(export.protocol_text(result)))
+            st.json(dict(result.run), expanded=1)
+
+
+@st.cache_data(show_spinner=False, max_entries=16)
+def _files(_result: Result, _draw: Callable[[], export.Savable], version: tuple[str, ...]) -> dict[str, bytes]:
+    """All files. Made before they are asked for: a link that is made on demand is lost when the page is drawn anew."""
+    figure = _draw()
+    forms: dict[str, bytes] = {form: export.figure_bytes(figure, form) for form in ("pdf", "svg", "png")}
+    return {**forms, "csv": export.csv_bytes(_result), "parquet": export.parquet_bytes(_result)}
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def show_jobs(current: str, watched: Sequence[Job[Any]]) -> None:
+def show_jobs(current: Collection[str], watched: Sequence[Job[Any]]) -> None:
     """Everything that runs, with progress and a stop button; polls while something does, and redraws the page when one ends.
 
     Args:
-        current: key of the question on the page; the others get a button that goes there.
+        current: keys of the questions on the page; the others get a button that goes there.
         watched: further jobs that the page waits for, e.g. the loading of its model.
     """
     jobs = [*watched, *workshop().jobs()]
     drawn = moment(jobs)
     active = {str(job.key) for job in jobs if not job.status.over}
-    st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - {current}
+    st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - set(current)
     st.fragment(_strip, run_every=0.5 if active else None)(current, watched, drawn)
 
 
@@ -403,7 +783,7 @@ def is_running(asked: Asked) -> bool:
     return job is not None and not job.status.over
 
 
-def _strip(current: str, watched: Sequence[Job[Any]], drawn: tuple[Any, ...]) -> None:
+def _strip(current: Collection[str], watched: Sequence[Job[Any]], drawn: tuple[Any, ...]) -> None:
     """The body of `show_jobs`."""
     jobs = [*watched, *workshop().jobs()]
     now = [(job, job.status) for job in jobs]  # once: a job may end while this is drawn
@@ -415,9 +795,9 @@ def _strip(current: str, watched: Sequence[Job[Any]], drawn: tuple[Any, ...]) ->
         elif not status.over:
             with st.container(horizontal=True, vertical_alignment="center"):
                 _show_running(job, status)
-                if job.key != current:
+                if job.key not in current:
                     _show_button(job)
-        elif status.state == "done" and job.key != current and job.key in st.session_state["unseen"]:
+        elif status.state == "done" and job.key not in current and job.key in st.session_state["unseen"]:
             with st.container(horizontal=True, vertical_alignment="center"):
                 st.markdown(f":material/check: {job.title} is finished.")
                 _show_button(job)

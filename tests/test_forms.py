@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from workbench.forms import form_of
+from workbench.forms import form_of, methods_of
 from workbench.locators import all_locators
 from workbench.metrics import SCORES
 from workbench.sites import KINDS
@@ -21,6 +21,10 @@ def test_every_locator_has_a_form_with_its_fields_and_defaults(name: str) -> Non
     assert [(one.name, one.default) for one in form] == [(field.name, field.default) for field in fields]
     assert all(one.help for one in form), "a field without a docstring"
     assert all(one.default in one.choices or one.optional for one in form if one.type == "choice")
+
+
+def test_methods_are_found_without_importing_them() -> None:
+    assert methods_of("workbench.locators") == {name: cls.__module__ for name, cls in all_locators().items()}
 
 
 def test_types_are_followed_through_names_and_imports() -> None:

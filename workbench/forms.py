@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from workbench.errors import InputError
 
 FieldType = Literal["choice", "choices", "integer", "number", "text", "texts", "switch"]
 """How a field is asked for: one of its choices or several, a whole number, a number, a text or several, on or off."""
@@ -71,6 +73,79 @@ def form_of(module: str, name: str) -> tuple[FormField, ...]:
             field = _field(module, statement, _docstring(after))
             found[field.name] = field
     return tuple(found.values())
+
+
+def read_option(field: FormField, text: str) -> Any:
+    """A field's value from text, as it is typed in a command line; several are separated by commas, `none` is None.
+
+    Raises:
+        InputError: the text spells no such value.
+    """
+    text = text.strip()
+    if field.optional and text.lower() == "none":
+        return None
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    wrong = InputError(f"{field.name} is {text!r}, expected {_EXPECTED[field.type].format(choices=field.choices)}.")
+    if field.type in ("choice", "choices"):
+        named = {str(choice): choice for choice in field.choices}
+        if not parts or not set(parts) <= set(named) or (field.type == "choice" and len(parts) > 1):
+            raise wrong
+        return named[text] if field.type == "choice" else tuple(named[part] for part in parts)
+    if field.type == "switch":
+        if text.lower() not in _SWITCH:
+            raise wrong
+        return _SWITCH[text.lower()]
+    if field.type in ("integer", "number"):
+        try:
+            return int(text) if field.type == "integer" else float(text)
+        except ValueError:
+            raise wrong from None
+    return parts if field.type == "texts" else text
+
+
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+_EXPECTED: dict[FieldType, str] = {
+    "choice": "one of {choices}",
+    "choices": "one or several of {choices}, separated by commas",
+    "integer": "a whole number",
+    "number": "a number",
+    "text": "text",
+    "texts": "one or several, separated by commas",
+    "switch": "true or false",
+}
+
+
+@cache
+def methods_of(package: str, base: str = "Locator") -> Mapping[str, str]:
+    """The methods of a folder, as `registry.discover` finds them: class name, and the module where it is written.
+
+    Args:
+        package: e.g. `workbench.locators`.
+        base: the class in its module `base` that they all descend from.
+    """
+    root = _path(package)
+    assert root is not None, package
+    found: dict[str, str] = {}
+    for path in root.parent.glob("*.py"):
+        module = f"{package}.{path.stem}"
+        if path.stem.startswith("_") or path.stem == "base":
+            continue
+        own = (node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+        found |= {name: module for name in own if _unfinished(module, name, (f"{package}.base", base)) == set()}
+    return dict(sorted(found.items()))
+
+
+def _unfinished(module: str, name: str, base: tuple[str, str]) -> set[str] | None:
+    """The abstract methods that a class leaves to others; None where it does not descend from `base`."""
+    node = _class(module, name)
+    homes = [_home(module, ast.unparse(parent)) for parent in node.bases]
+    inherited = [found for home in homes if home is not None and (found := _unfinished(*home, base)) is not None]
+    if not inherited and (module, name) != base:
+        return None
+    methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+    abstract = {one.name for one in methods if any("abstract" in ast.unparse(mark) for mark in one.decorator_list)}
+    return (set().union(*inherited) - {one.name for one in methods}) | abstract
 
 
 def _field(module: str, statement: ast.AnnAssign, explained: str) -> FormField:
