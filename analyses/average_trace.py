@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from workbench.facts import Fact, FactError
-from workbench.locators import locate
+from workbench.locators import Locator, locate
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
 from workbench.results import Footprint, Result
@@ -29,7 +29,7 @@ def average_trace(
     lm: LM,
     facts: Sequence[Fact],
     *,
-    trace: CausalTrace | None = None,
+    trace: Locator | None = None,
     store: Store | None = None,
     known_only: bool = True,
     resamples: int = 2000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from workbench import zoo
 from workbench.cli import app
+from workbench.locators import all_locators
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
 from workbench.progress import Cancelled
@@ -87,6 +89,57 @@ def test_what_the_model_does_not_know_is_said(tmp_path: Path) -> None:
     ran = call("trace", *QUICK, *asked)
     assert f"the model says '{fact.target_true}'" in ran.output
     assert "knows 0 of 1 facts" in ran.output
+
+
+def test_methods_and_their_options_are_listed() -> None:
+    printed = call("locators").output
+    assert all(name in printed for name in all_locators())
+    options = call("locators", "CausalTrace").output
+    assert all(f"--set {field.name}=" in options for field in dataclasses.fields(CausalTrace))
+    assert call("locators", "Nothing").exit_code == 2
+
+
+def test_any_method_locates_a_bundled_fact_with_options_set_in_words(tmp_path: Path) -> None:
+    fact = zoo.load_facts(TINY)[0]
+    settings = ["--set", "steps=2", "--set", "at=both", "--set", "samples=2", "--set", "kinds=mlp_out"]
+    ran = call("locate", "AttributionPatching", "--model", TINY, "--fact", fact.id, "--out", tmp_path, *settings)
+    assert ran.exit_code == 0, ran.output
+    (stored,) = (Footprint.load(path.parent) for path in tmp_path.glob("*/run.json"))
+    assert stored.run["parameters"]["steps"] == 2
+    assert stored.kinds == ("mlp_out",)
+    assert len(list(tmp_path.glob("*.pdf"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["Nothing"], "No locating method is called 'Nothing'"),
+        (["CausalTrace", "--set", "window"], "Write --set name=value"),
+        (["CausalTrace", "--set", "size=3"], "has no option size"),
+        (["CausalTrace", "--set", "window=wide"], "window is 'wide', expected a whole number"),
+        (["CausalTrace", "--set", "corrupt=no"], "corrupt is 'no', expected one of"),
+        (["CausalTrace", "--set", "samples=0"], "0 noise samples"),
+        (["CausalTrace", "--fact", "nothing/nobody"], "has no fact 'nothing/nobody'"),
+        (["CausalTrace", "--fact", "x", "--prompt", "A"], "Both --fact and --prompt"),
+    ],
+)
+def test_a_wrong_method_or_setting_gets_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    given = [] if "--fact" in arguments else ["--limit", "1"]
+    ran = call("locate", *arguments, "--model", TINY, "--out", tmp_path, *given)
+    assert ran.exit_code == 2
+    assert sentence in ran.output
+    assert len(ran.output.strip().splitlines()) == 1
+
+
+def test_methods_are_compared_and_what_cannot_run_is_told(tmp_path: Path) -> None:
+    methods = "CausalTrace,AttributionPatching"
+    ran = call(
+        "compare", "--model", TINY, "--methods", methods, "--limit", "2", "--out", tmp_path, "--figures", "pdf,png"
+    )
+    assert ran.exit_code == 0, ran.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "footprints", "agreement", "agreement.csv", "compare.pdf", "compare.png", "agreement.pdf", "agreement.png"
+    }  # fmt: skip
 
 
 def facts_file(folder: Path, n: int) -> Path:

@@ -1,20 +1,32 @@
-"""Where does a language model keep a fact? List models and facts, trace one fact or a file of them, average over facts."""
+"""Where does a language model keep a fact? List models, facts and methods, locate facts by one method or compare several."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
 from workbench import zoo
+from workbench.cli_parts import (
+    bundled_facts,
+    check_writable,
+    choose_facts,
+    first_sentence,
+    given,
+    locate_and_write,
+    one_sentence,
+    planted_band,
+    prepare,
+    prepare_one,
+    progress_bar,
+    read_formats,
+    read_settings,
+    read_size,
+    write_file,
+)
 from workbench.errors import InputError
-from workbench.facts import Fact, FactError
+from workbench.facts import FactError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -58,10 +70,26 @@ Memory = Annotated[
         help="Most that intermediate states may take, e.g. 500MB or 2GB (bytes without a unit). Default: half of what is free."
     ),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the method, e.g. --set steps=5; `workbench locators METHOD` lists them."),
+]
 FactsFile = Annotated[
     Path | None,
     typer.Option("--facts", help="JSON file of facts: known_1000, CounterFact, or the workbench's own format."),
 ]
+
+
+Prompt = Annotated[str, typer.Option(help="The text up to the answer.")]
+Subject = Annotated[str, typer.Option(help="The words of the prompt the fact is about.")]
+AnswerText = Annotated[str, typer.Option("--answer", help="The answer; default: the model's own.")]
+FactIds = Annotated[
+    list[str] | None,
+    typer.Option("--fact", help="Id of a bundled fact, e.g. capital/France; may be given several times."),
+]
+Every = Annotated[int, typer.Option(min=1, help="Take every so-manieth fact, to spread over relations.")]
+Out = Annotated[Path, typer.Option(help="Folder for results; a run that was stopped goes on from what is there.")]
+Formats = Annotated[str, typer.Option("--figures", help="Formats of figures, comma-separated: pdf, svg, png.")]
 
 
 @app.command()
@@ -88,10 +116,10 @@ def facts(
     limit: Limit = None,
 ) -> None:
     """Lists the facts a bundled model knows."""
-    with _one_sentence():
+    with one_sentence():
         chosen = [
             fact
-            for fact in _bundled_facts(model)
+            for fact in bundled_facts(model)
             if relation in ("", fact.relation) and find.lower() in f"{fact.text} {fact.target_true}".lower()
         ]
         if not chosen:
@@ -102,12 +130,116 @@ def facts(
 
 
 @app.command()
-def trace(
-    out: Annotated[Path, typer.Option(help="Folder for results; a run that was stopped goes on from what is there.")],
+def locators(
+    method: Annotated[str, typer.Argument(help="Lists the options of this method; default: all methods.")] = "",
+) -> None:
+    """Lists the locating methods, or the options of one."""
+    with one_sentence():
+        from workbench.forms import form_of
+        from workbench.locators import all_locators, locator_named
+
+        if not method:
+            for name, cls in all_locators().items():
+                typer.echo(f"{name:24} {first_sentence(cls)}")
+            return
+        cls = locator_named(method)
+        typer.echo(first_sentence(cls))
+        for field in form_of(cls.__module__, method):
+            among = f", one of {', '.join(map(str, field.choices))}" if field.choices else ""
+            typer.echo(f"\n--set {field.name}=...  (default {field.default!r}{among})\n    {field.help}")
+
+
+@app.command("locate")
+def locate_facts(
+    method: Annotated[str, typer.Argument(help="A locating method; `workbench locators` lists them.")],
+    out: Out,
     model: Model = zoo.NAMES[0],
-    prompt: Annotated[str, typer.Option(help="The text up to the answer.")] = "",
-    subject: Annotated[str, typer.Option(help="The words of the prompt the fact is about.")] = "",
-    answer: Annotated[str, typer.Option(help="The answer; default: the model's own.")] = "",
+    prompt: Prompt = "",
+    subject: Subject = "",
+    answer: AnswerText = "",
+    fact: FactIds = None,
+    facts: FactsFile = None,
+    every: Every = 1,
+    limit: Limit = None,
+    settings: Settings = None,
+    memory: Memory = "",
+    figures: Formats = "pdf",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Where facts are by one method: one typed (--prompt, --subject), bundled (--fact, or --every, --limit), or of a file."""
+    with one_sentence():
+        check_writable(out)
+        chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
+        formats, budget = read_formats(figures), read_size(memory)
+        lm, locator = prepare_one(model, chosen, device, dtype, method, read_settings(method, settings))
+        locate_and_write(lm, locator, chosen, out, model, formats, budget)
+
+
+@app.command()
+def compare(
+    out: Out,
+    methods: Annotated[
+        str, typer.Option(help="Locating methods, comma-separated; default: all that run on this model.")
+    ] = "",
+    model: Model = zoo.NAMES[0],
+    prompt: Prompt = "",
+    subject: Subject = "",
+    answer: AnswerText = "",
+    fact: FactIds = None,
+    facts: FactsFile = None,
+    every: Every = 1,
+    limit: Limit = None,
+    memory: Memory = "",
+    figures: Formats = "pdf",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Several methods on the same facts: one figure by layer, and how far they agree. Facts as for `locate`."""
+    with one_sentence():
+        from workbench.locators import all_locators, locate
+
+        check_writable(out)
+        chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
+        formats, budget = read_formats(figures), read_size(memory)
+        names = [name.strip() for name in methods.split(",") if name.strip()] or list(all_locators())
+        lm, ready = prepare(model, chosen, device, dtype, {name: {} for name in names})
+        from analyses.locator_agreement import locator_agreement
+        from workbench import export, paper
+        from workbench.store import Store
+
+        found = []
+        for name, locator in ready.items():
+            try:
+                if isinstance(locator, InputError):
+                    raise locator
+                with progress_bar(len(chosen)):
+                    found.append(locate(locator, lm, chosen, store=Store(folder=out / "footprints"), memory=budget))
+            except InputError as error:
+                typer.echo(f"{name} is left out: {error}", err=True)
+            else:
+                told = found[-1].run["throughput"]
+                typer.echo(f"{name}: {told['facts']} facts computed in {told['seconds']} s")
+        if not found:
+            raise FactError("None of the methods could locate these facts. The lines above say why.")
+        agreement = locator_agreement(found)
+        agreement.save(out / "agreement")
+        write_file(out / "agreement.csv", export.csv_bytes(agreement))
+        for form in formats:
+            figure = paper.compare(found, planted=planted_band(model))
+            write_file(out / f"compare.{form}", export.figure_bytes(figure, form))
+            write_file(out / f"agreement.{form}", export.figure_bytes(paper.agreement(agreement), form))
+        typer.echo(f"\nWritten to {out}")
+
+
+@app.command()
+def trace(
+    out: Out,
+    model: Model = zoo.NAMES[0],
+    prompt: Prompt = "",
+    subject: Subject = "",
+    answer: AnswerText = "",
+    fact: FactIds = None,
     facts: FactsFile = None,
     limit: Limit = None,
     window: Window = None,
@@ -123,43 +255,20 @@ def trace(
     adaptive: Adaptive = None,
     tolerance: Tolerance = None,
     memory: Memory = "",
-    figures: Annotated[
-        str, typer.Option(help="Formats of the figure of each fact, comma-separated: pdf, svg, png.")
-    ] = "pdf",
+    figures: Formats = "pdf",
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Causal traces of one fact (--prompt, --subject) or of a file of facts (--facts)."""
-    with _one_sentence():
-        _check_writable(out)
-        chosen = _chosen(prompt, subject, answer, facts, limit)
-        formats, budget = _formats(figures), _bytes(memory)
+    """Causal traces; `locate CausalTrace` with an option for each setting. Facts as for `locate`."""
+    with one_sentence():
+        check_writable(out)
+        chosen = choose_facts(model, prompt, subject, answer, fact, facts, limit=limit)
+        formats, budget = read_formats(figures), read_size(memory)
         options = {"noise": noise, "samples": samples, "seed": seed, "score": score, "sever": sever}
         shortcuts = {"screen": screen, "screen_more": screen_more, "adaptive": adaptive, "tolerance": tolerance}
-        lm, tracer = _prepare(model, chosen, device, dtype, window, {**options, **shortcuts})
-        from workbench import export, paper
-        from workbench.locators import locate
-        from workbench.store import Store
-
-        with _progress(len(chosen)):
-            found = locate(tracer, lm, chosen, store=Store(folder=out), memory=budget)
-        for name in found.facts:
-            row = found.extras["facts"].set_index("fact").loc[name]
-            said = "" if row["correct"] else f" (the model says {row['said']!r})"
-            typer.echo(f"{name}: {row['prompt']} -> {row['answer']}{said}")
-            typer.echo(f"  clean {row['clean']:.3g}, corrupted {row['corrupted']:.3g}")
-            for kind in found.kinds:
-                peak = found.peak(kind=kind, fact=name)
-                typer.echo(
-                    f"  {kind:10} peak {peak['value']:+.3g} at {peak['site']} ({peak['text']!r}, {peak['token']})"
-                )
-            for form in formats:
-                figure = paper.heatmap(found, kinds=found.kinds, fact=name, planted=_planted(model))
-                _write(out / f"{_file_name(name)}.{form}", export.figure_bytes(figure, form))
-        known = int(found.extras["facts"]["correct"].sum())
-        typer.echo(f"\nThe model knows {known} of {len(found.facts)} facts.")
-        found.extras["facts"].to_csv(out / "facts.csv", index=False)
-        typer.echo(f"\n{export.protocol_text(found)}\n{export.throughput_text(found)}\nWritten to {out}")
+        options = given(window=window, **options, **shortcuts)
+        lm, tracer = prepare_one(model, chosen, device, dtype, "CausalTrace", options)
+        locate_and_write(lm, tracer, chosen, out, model, formats, budget)
 
 
 @app.command()
@@ -184,27 +293,28 @@ def average(
     dtype: Dtype = "float32",
 ) -> None:
     """The average causal trace over facts, by token role, with bootstrap intervals. Default: the bundled facts."""
-    with _one_sentence():
+    with one_sentence():
         from workbench.data import read_facts
 
-        _check_writable(out)
-        pool = read_facts(facts) if facts else _bundled_facts(model)
+        check_writable(out)
+        pool = read_facts(facts) if facts else bundled_facts(model)
         chosen = pool[::every][:limit]
-        formats, budget = _formats(figures), _bytes(memory)
+        formats, budget = read_formats(figures), read_size(memory)
         options = {"noise": noise, "samples": samples, "seed": seed, "score": score}
         shortcuts = {"screen": screen, "screen_more": screen_more, "adaptive": adaptive, "tolerance": tolerance}
-        lm, tracer = _prepare(model, chosen, device, dtype, window, {**options, **shortcuts})
+        options = given(window=window, **options, **shortcuts)
+        lm, tracer = prepare_one(model, chosen, device, dtype, "CausalTrace", options)
         from analyses.average_trace import average_trace
         from workbench import export, paper
         from workbench.store import Store
 
-        with _progress(len(chosen)):
+        with progress_bar(len(chosen)):
             result = average_trace(lm, chosen, trace=tracer, store=Store(folder=out / "traces"), memory=budget)
         result.save(out / "average")
-        planted = _planted(model)
+        planted = planted_band(model)
         for form in formats:
-            _write(out / f"average.{form}", export.figure_bytes(paper.average(result, planted=planted), form))
-        _write(out / "average.csv", export.csv_bytes(result))
+            write_file(out / f"average.{form}", export.figure_bytes(paper.average(result, planted=planted), form))
+        write_file(out / "average.csv", export.csv_bytes(result))
         for kind, rows in result.table.groupby("kind", sort=False):
             peak = rows.iloc[int(rows["value"].argmax())]
             typer.echo(
@@ -212,133 +322,3 @@ def average(
                 f"at layer {peak['layer']}, {peak['token']}"
             )
         typer.echo(f"\n{export.protocol_text(result)}\n{export.throughput_text(result)}\nWritten to {out}")
-
-
-# --- parts of the commands ---
-
-
-def _bundled_facts(model: str) -> list[Fact]:
-    if model not in zoo.NAMES:
-        raise FactError(
-            f"{model} comes without facts. Give a file with --facts, or a bundled model ({', '.join(zoo.NAMES)})."
-        )
-    return zoo.load_facts(model)
-
-
-def _chosen(prompt: str, subject: str, answer: str, file: Path | None, limit: int | None) -> Sequence[Fact]:
-    """The facts the options name."""
-    if file and (prompt or subject):
-        raise FactError("Both --facts and --prompt were given. Give one of them.")
-    if file:
-        from workbench.data import read_facts
-
-        return read_facts(file)[:limit]
-    return [Fact.typed(text=prompt, subject=subject, target_true=answer)]
-
-
-def _prepare(
-    model: str,
-    chosen: Sequence[Fact],
-    device: str,
-    dtype: str,
-    window: int | None,
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The loaded model and the trace, with sigma_t from the bundled facts where the model is a bundled one."""
-    from workbench.loading import load
-    from workbench.locators.causal_trace import CausalTrace
-    from workbench.sites import default_window
-
-    if (sever := options.get("sever", "none")) != "none":
-        options["kinds"] = tuple(kind for kind in CausalTrace.kinds if kind != sever)
-    CausalTrace(window=10 if window is None else window, **options)  # bad options are told before the model is loaded
-    lm = load(model, device=device, dtype=dtype)
-    tracer = CausalTrace(window=default_window(lm.n_layers) if window is None else window, **options)
-    for fact in chosen:
-        lm.encode([fact])
-        if fact.target_true:
-            lm.target_ids(fact.text, fact.target_true)
-    return lm, tracer.resolved(lm, zoo.load_facts(model) if model in zoo.NAMES else chosen)
-
-
-def _planted(model: str) -> range | None:
-    band = zoo.organism(model).get("band") if model in zoo.NAMES else None
-    return range(*band) if band else None
-
-
-def _formats(text: str) -> tuple[str, ...]:
-    formats = tuple(form.strip() for form in text.split(",") if form.strip())
-    unknown = set(formats) - {"pdf", "svg", "png"}
-    if unknown:
-        raise FactError(f"Unknown figure format {', '.join(sorted(unknown))}. Use pdf, svg or png, comma-separated.")
-    return formats
-
-
-def _bytes(text: str) -> int | None:
-    """A number of bytes, spelled with or without a unit; None for an empty text."""
-    if not text.strip():
-        return None
-    match = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
-    if match is None or float(match[1]) == 0:
-        raise InputError(f"{text!r} is no size of memory. Write e.g. 500MB or 2GB.")
-    base = 1024 if match[3] else 1000
-    if len(match[1]) > 30:
-        raise InputError("That is more memory than there is. Write e.g. 500MB or 2GB.")
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-
-
-def _file_name(fact_id: str) -> str:
-    """An id as a file's name; with a digest where characters had to go, so that two ids never share a file."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", fact_id)[:80]
-    return name if name.lower() == fact_id else f"{name}-{hashlib.blake2b(fact_id.encode(), digest_size=3).hexdigest()}"
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises OSError where nothing can be written, before any work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[None]:
-    """A bar over facts, or over cells where there is one fact."""
-    from tqdm import tqdm
-
-    from workbench.progress import reporting
-
-    with tqdm(total=None, leave=False, delay=0.3) as bar:
-
-        def listen(what: str, done: int, of: int) -> None:
-            if total == 1 or what == "facts":
-                if done == 0:
-                    bar.reset(total=of)
-                bar.total, bar.n = of, done
-                bar.set_description(what, refresh=False)
-                bar.refresh()
-
-        with reporting(listen):
-            yield
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Says what is wrong with the input in one sentence, without a traceback, and exits with 2."""
-    try:
-        yield
-    except InputError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"A file cannot be written or read: {error}. What was finished is kept; give the same command again.")
-    except KeyboardInterrupt:
-        _fail("Stopped. Give the same command again to go on.", code=130)
-
-
-def _fail(sentence: str, *, code: int = 2) -> NoReturn:
-    typer.echo(sentence, err=True)
-    raise typer.Exit(code)

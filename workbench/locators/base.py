@@ -58,15 +58,17 @@ class Locator(ABC):
         return locate(self, lm, facts, memory=memory)
 
     @classmethod
-    def fitted(cls, lm: LM, **options: Any) -> Self:
+    def fitted(cls, lm: LM | None, **options: Any) -> Self:
         """The method with these options, and with defaults that fit the model: a window of layers is `default_window`.
+
+        Without a model, to see whether options can be used before one is loaded, the defaults are the paper's.
 
         Raises:
             FactError: there is no such option, or it cannot have this value.
         """
         check_options(cls, options)
         published = getattr(cls, "window", None)
-        if published is not None:
+        if published is not None and lm is not None:
             options = {"window": default_window(lm.n_layers, published), **options}
         return cls(**options)
 

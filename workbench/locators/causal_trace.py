@@ -76,7 +76,7 @@ class CausalTrace(Tracing):
             raise FactError(f"{what}, so there is nothing to screen by. Leave out screen.")
 
     @classmethod
-    def fitted(cls, lm: LM, **options: Any) -> Self:
+    def fitted(cls, lm: LM | None, **options: Any) -> Self:
         """See `Locator.fitted`; and all maps but the severed one."""
         kinds = tuple(kind for kind in cls.kinds if kind != options.get("sever"))
         return super().fitted(lm, **{"kinds": kinds, **options})

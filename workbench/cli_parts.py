@@ -1,0 +1,269 @@
+"""What the commands of `workbench.cli` share: facts and options from text, files, progress, errors in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from workbench import zoo
+from workbench.errors import InputError
+from workbench.facts import Fact, FactError
+
+if TYPE_CHECKING:
+    from workbench.locators import Locator
+    from workbench.models import LM
+    from workbench.results import Footprint
+
+
+def bundled_facts(model: str) -> list[Fact]:
+    if model not in zoo.NAMES:
+        raise FactError(
+            f"{model} comes without facts. Give a file with --facts, or a bundled model ({', '.join(zoo.NAMES)})."
+        )
+    return zoo.load_facts(model)
+
+
+def choose_facts(
+    model: str,
+    prompt: str,
+    subject: str,
+    answer: str,
+    ids: Sequence[str] | None,
+    file: Path | None,
+    *,
+    every: int = 1,
+    limit: int | None = None,
+) -> Sequence[Fact]:
+    """The facts the options name; some of the bundled ones where only `every` or `limit` is given.
+
+    Raises:
+        FactError: several sources, an unknown id, or none at all.
+    """
+    given = [name for name, value in (("--facts", file), ("--fact", ids), ("--prompt", prompt or subject)) if value]
+    if len(given) > 1:
+        raise FactError(f"Both {given[0]} and {given[1]} were given. Give one of them.")
+    if file:
+        from workbench.data import read_facts
+
+        facts = read_facts(file)
+    elif ids:
+        known = {fact.id: fact for fact in bundled_facts(model)}
+        unknown = [name for name in ids if name not in known]
+        if unknown:
+            raise FactError(f"{model} has no fact {unknown[0]!r}. `workbench facts --model {model}` lists them.")
+        facts = [known[name] for name in ids]
+    elif not given and (every > 1 or limit is not None):
+        facts = bundled_facts(model)
+    else:
+        facts = [Fact.typed(text=prompt, subject=subject, target_true=answer)]
+    return facts[::every][:limit]
+
+
+def read_settings(method: str, settings: Sequence[str] | None) -> dict[str, Any]:
+    """The values of `--set name=value`.
+
+    Raises:
+        InputError: a setting that is no such pair, that the method does not have, or with a value it cannot have.
+    """
+    from workbench.forms import form_of, read_option
+    from workbench.locators import locator_named
+    from workbench.locators.base import check_options
+
+    cls = locator_named(method)
+    form, values = {field.name: field for field in form_of(cls.__module__, method)}, {}
+    for setting in settings or ():
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise FactError(f"{setting!r} sets nothing. Write --set name=value.")
+        check_options(cls, {name: text})
+        values[name] = read_option(form[name], text)
+    return values
+
+
+def prepare(
+    model: str, chosen: Sequence[Fact], device: str, dtype: str, methods: Mapping[str, Mapping[str, Any]]
+) -> tuple[LM, dict[str, Locator | InputError]]:
+    """The loaded model, and each method with its options; or why it cannot be used on this model or these facts.
+
+    A noise's scale and substitutes come from the bundled facts where the model is a bundled one.
+
+    Raises:
+        InputError: an unknown method or option, told before the model is loaded; a prompt that this model cannot read.
+    """
+    from workbench.loading import load
+    from workbench.locators import locator_named
+
+    for name, options in methods.items():
+        locator_named(name).fitted(None, **options)
+    lm = load(model, device=device, dtype=dtype)
+    for fact in chosen:
+        lm.encode([fact])
+        if fact.target_true:
+            lm.target_ids(fact.text, fact.target_true)
+    known = zoo.load_facts(model) if model in zoo.NAMES else chosen
+    ready: dict[str, Locator | InputError] = {}
+    for name, options in methods.items():
+        try:
+            ready[name] = locator_named(name).fitted(lm, **options).resolved(lm, known)
+        except InputError as error:
+            ready[name] = error
+    return lm, ready
+
+
+def prepare_one(
+    model: str, chosen: Sequence[Fact], device: str, dtype: str, method: str, options: Mapping[str, Any]
+) -> tuple[LM, Locator]:
+    """`prepare` of one method; raises where it cannot be used."""
+    lm, ready = prepare(model, chosen, device, dtype, {method: options})
+    found = ready[method]
+    if isinstance(found, InputError):
+        raise found
+    return lm, found
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def locate_and_write(
+    lm: LM,
+    locator: Locator,
+    chosen: Sequence[Fact],
+    out: Path,
+    model: str,
+    formats: Sequence[str],
+    memory: int | None,
+) -> None:
+    """Runs a method over facts, says where each fact's peaks are, and writes figures and tables."""
+    from workbench import export
+    from workbench.locators import locate
+    from workbench.store import Store
+
+    with progress_bar(len(chosen)):
+        found = locate(locator, lm, chosen, store=Store(folder=out), memory=memory)
+    facts = found.extras["facts"].set_index("fact")
+    for name in found.facts:
+        row = facts.loc[name]
+        said = "" if row["correct"] else f" (the model says {row['said']!r})"
+        typer.echo(f"{name}: {row['prompt']} -> {row['answer']}{said}")
+        scores = [f"{end} {row[end]:.3g}" for end in ("clean", "corrupted") if end in row]
+        typer.echo(f"  {', '.join(scores)}")
+        for kind in found.kinds:
+            peak = found.peak(kind=kind, fact=name)
+            at = f"({peak['text']!r}, {peak['token']})" if peak["text"] else ""
+            typer.echo(f"  {kind:10} peak {peak['value']:+.3g} at {peak['site']} {at}".rstrip())
+        for form in formats:
+            figure = _figure(found, name, planted_band(model))
+            write_file(out / f"{file_name(name)}.{form}", export.figure_bytes(figure, form))
+    typer.echo(f"\nThe model knows {int(facts['correct'].sum())} of {len(found.facts)} facts.")
+    for name, table in found.extras.items():
+        if name != "samples":  # every noise sample of every cell; in the stored result
+            table.to_csv(out / f"{name}.csv", index=False)
+    typer.echo(f"\n{export.protocol_text(found)}\n{export.throughput_text(found)}\nWritten to {out}")
+
+
+def _figure(found: Footprint, fact: str, planted: range | None) -> Any:
+    """The maps of a fact; where the method has none, its profile by layer."""
+    from workbench import paper
+    from workbench.drawing import mapped_kinds
+
+    if mapped_kinds(found):
+        return paper.heatmap(found, fact=fact, planted=planted)
+    rows = found.of(fact=fact)
+    return paper.compare([dataclasses.replace(found, table=rows)], planted=planted)
+
+
+def first_sentence(cls: type[Locator]) -> str:
+    return (cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
+
+
+def planted_band(model: str) -> range | None:
+    band = zoo.organism(model).get("band") if model in zoo.NAMES else None
+    return range(*band) if band else None
+
+
+def read_formats(text: str) -> tuple[str, ...]:
+    formats = tuple(form.strip() for form in text.split(",") if form.strip())
+    unknown = set(formats) - {"pdf", "svg", "png"}
+    if unknown:
+        raise FactError(f"Unknown figure format {', '.join(sorted(unknown))}. Use pdf, svg or png, comma-separated.")
+    return formats
+
+
+def read_size(text: str) -> int | None:
+    """A number of bytes, spelled with or without a unit; None for an empty text."""
+    if not text.strip():
+        return None
+    match = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"{text!r} is no size of memory. Write e.g. 500MB or 2GB.")
+    base = 1024 if match[3] else 1000
+    if len(match[1]) > 30:
+        raise InputError("That is more memory than there is. Write e.g. 500MB or 2GB.")
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def file_name(fact_id: str) -> str:
+    """An id as a file's name; with a digest where characters had to go, so that two ids never share a file."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", fact_id)[:80]
+    return name if name.lower() == fact_id else f"{name}-{hashlib.blake2b(fact_id.encode(), digest_size=3).hexdigest()}"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be written, before any work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[None]:
+    """A bar over facts, or over cells where there is one fact."""
+    from tqdm import tqdm
+
+    from workbench.progress import reporting
+
+    with tqdm(total=None, leave=False, delay=0.3) as bar:
+
+        def listen(what: str, done: int, of: int) -> None:
+            if total == 1 or what == "facts":
+                if done == 0:
+                    bar.reset(total=of)
+                bar.total, bar.n = of, done
+                bar.set_description(what, refresh=False)
+                bar.refresh()
+
+        with reporting(listen):
+            yield
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Says what is wrong with the input in one sentence, without a traceback, and exits with 2."""
+    try:
+        yield
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"A file cannot be written or read: {error}. What was finished is kept; give the same command again.")
+    except KeyboardInterrupt:
+        _fail("Stopped. Give the same command again to go on.", code=130)
+
+
+def _fail(sentence: str, *, code: int = 2) -> NoReturn:
+    typer.echo(sentence, err=True)
+    raise typer.Exit(code)
