@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -139,8 +139,8 @@ def post_norm(lm: LM, layer: int, kind: Literal["attn_out", "mlp_out"]) -> nn.Mo
 def _mean_token(lm: LM) -> tuple[Float[Tensor, "1 d_model"], Float[Tensor, " 1"]]:
     """The mean of `unembedding` over the vocabulary."""
     weight = lm.unembed.get_parameter("weight").detach()
-    pieces = [rows.double().sum(0, keepdim=True).cpu() for rows in weight.split(4096)]
-    mean = rearrange(torch.stack(pieces), "piece 1 d_model -> piece d_model").sum(0, keepdim=True) / lm.d_vocab
+    sums = [rows.cpu().double().sum(0, keepdim=True) for rows in weight.split(4096)]  # not all in float64 at once
+    mean = torch.stack(sums).sum(0) / lm.d_vocab
     bias = _bias(lm, slice(None)).cpu().double().mean(0, keepdim=True)
     return _project(lm, mean) * _scale(lm), bias * _scale(lm)
 

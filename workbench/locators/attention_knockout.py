@@ -133,7 +133,8 @@ def blocked_log_p(
     problem = Restoration(clean=tokens, corrupted=tokens, score=score)
     if why := sweepable(lm, problem, []):
         raise ModelError(
-            f"Attention edges of {lm.name} cannot be blocked: {why}. Load it with sdpa or eager attention."
+            f"Attention edges of {lm.name} cannot be blocked: {why}. "
+            "Use the bare model, on one device, with sdpa or eager attention."
         )
     blocks = [((), range(lm.n_layers)), *blocks]  # the first blocks nothing: what the others are compared with
     starts = torch.tensor([layers.start for _, layers in blocks])

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Self
@@ -34,7 +35,7 @@ from workbench.locators.tables import fact_row, site_rows
 from workbench.locators.tracing import _with_foil, find_answer
 from workbench.models import LM
 from workbench.results import Footprint
-from workbench.sites import Site
+from workbench.sites import Site, SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +80,27 @@ class DirectLogitAttribution(Locator):
         direction = einsum(directions[0], signs, "token d_model, token -> d_model")
         constant = float(constants[0] @ signs)
 
+        parts: dict[SiteKind, list[Tensor]] = {
+            "embed": [clean[bottom][:, last]],
+            "attn_out": [clean[site][:, last] for site in lm.sites("attn_out")],
+            "mlp_out": [clean[site][:, last] for site in lm.sites("mlp_out")],
+            "z": [_heads(lm, site.layer, clean[site][0, last]) for site in lm.sites("z")],
+        }
         tables = []
-        for kind in ("embed", "attn_out", "mlp_out", "z"):
-            sites = (bottom,) if kind == "embed" else lm.sites(kind)
-            added = [clean[site][:, last].cpu().double() for site in sites]
-            if kind == "z":
-                added = [_heads(lm, site.layer, z[0]) for site, z in zip(sites, added, strict=True)]
-            values = einsum(torch.stack(added), direction, "layer head d_model, d_model -> layer head")
-            n_layers, n_heads = values.shape
-            rows = site_rows(
-                fact,
-                tokens,
-                kind=kind,
-                layer=repeat(torch.arange(n_layers), "layer -> (layer head)", head=n_heads).numpy(),
-                head=repeat(torch.arange(n_heads), "head -> (layer head)", layer=n_layers).numpy()
-                if kind == "z"
-                else None,
-                position=[last] * values.numel(),
-                value=values.flatten().numpy(),
+        for kind, added in parts.items():
+            values = (torch.stack([part.cpu() for part in added]).double() @ direction).numpy()
+            layer, head = (index.ravel() for index in np.indices(values.shape))
+            tables.append(
+                site_rows(
+                    fact,
+                    tokens,
+                    kind=kind,
+                    layer=layer,
+                    head=head if kind == "z" else None,
+                    position=[last] * values.size,
+                    value=values.ravel(),
+                )
             )
-            tables.append(rows)
         facts = fact_row(
             lm,
             fact,
@@ -108,19 +110,18 @@ class DirectLogitAttribution(Locator):
             constant=constant,
         )
         unit = f"direct contribution to the {'centred ' * self.centred}{self.score.replace('_', ' ')}"
-        table = pd.concat(tables, ignore_index=True)
-        return Footprint(table=table, run=self._manifest(lm, fact, unit=unit), extras={"facts": facts})
+        return Footprint(
+            table=pd.concat(tables, ignore_index=True),
+            run=self._manifest(lm, fact, unit=unit),
+            extras={"facts": facts},
+        )
 
 
 def _heads(lm: LM, layer: int, z: Float[Tensor, " width"]) -> Float[Tensor, "head d_model"]:
     """What each head adds to the residual stream, in float64; together with the biases between it is attn_out."""
-    project = (
-        copy.deepcopy(lm.part(layer, lm.layout.o_proj)).cpu().double()
-    )  # no taps in a copy: what is patched stays out
-    own = rearrange(z, "(head d_head) -> 1 head d_head", head=lm.n_heads)
-    alone = rearrange(
-        torch.eye(lm.n_heads, dtype=torch.float64)[..., None] * own, "row head d_head -> row (head d_head)"
-    )
+    z = z.cpu().double()
+    project = copy.deepcopy(lm.part(layer, lm.layout.o_proj)).cpu().double()  # taps do nothing in a copy
+    alone = torch.block_diag(*z.chunk(lm.n_heads))
     with torch.no_grad():
         added: Tensor = project(alone) - project(torch.zeros_like(alone[:1]))
         norm = post_norm(lm, layer, "attn_out")

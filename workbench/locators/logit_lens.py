@@ -60,7 +60,7 @@ class LogitLens(Locator):
             logits = lens_logits(lm, some)
             log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
             rank = (log_p > log_p[:, [answer.ids[0]]]).sum(-1)
-            entropy = -(log_p.exp() * log_p).sum(-1)  # no token's logit is minus infinity
+            entropy = torch.special.entr(log_p.exp()).sum(-1)
             found.append(torch.stack([log_p[:, answer.ids[0]], rank, entropy, log_p.argmax(-1)]).double().cpu())
         log_p, rank, entropy, top = torch.cat(found, dim=1)
         values = {"p": log_p.exp(), "logp": log_p, "rank": -rank}[self.value]
