@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -220,7 +220,7 @@ class Tracing(Locator):
             corrupted = tokens.repeat(self.samples)
             foil_logits = clean.last_logits[0]
         else:
-            corrupted = _swapped(lm, fact, tokens, whole, self.substitutes)
+            corrupted = next(counterparts(lm, fact, tokens, targets=whole, substitutes=self.substitutes))
             foil_logits = run(lm, corrupted).logits[0, corrupted.last[0]]
         if self.score == "logit_diff":
             answer = _with_foil(lm, fact, answer, foil_logits)
@@ -299,26 +299,36 @@ def _with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answ
     """The answer with what it is compared to: the fact's target_new, or the best other token of `logits`."""
     if fact.target_new:
         return replace(answer, foil_id=lm.target_ids(fact.text, fact.target_new)[0], foil_text=fact.target_new)
+    return with_best_foil(lm, answer, logits)
+
+
+def with_best_foil(lm: LM, answer: Answer, logits: torch.Tensor) -> Answer:
+    """The answer compared to the most probable token of `logits` that is another."""
     best, second = logits.topk(2).indices.tolist()
     foil = second if best == answer.ids[0] else best
     return replace(answer, foil_id=foil, foil_text=lm.word(foil).strip())
 
 
-def _swapped(lm: LM, fact: Fact, tokens: Tokens, targets: Sequence[str] | None, substitutes: Sequence[str]) -> Tokens:
-    """The prompt with the first substitute that keeps its token count and the subject's place.
+def counterparts(
+    lm: LM, fact: Fact, tokens: Tokens, *, targets: Sequence[str] | None, substitutes: Sequence[str]
+) -> Iterator[Tokens]:
+    """The prompt with each substitute that keeps its token count and the subject's place.
 
     Raises:
         FactError: none does.
     """
+    none = True
     for subject in substitutes:
         if subject != fact.subject:
             other = lm.encode([replace(fact, subject=subject)], targets=targets)
             if other.lengths == tokens.lengths and other.spans == tokens.spans:
-                return other
-    raise FactError(
-        f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. "
-        "Give substitutes=(...) of equal length."
-    )
+                none = False
+                yield other
+    if none:
+        raise FactError(
+            f"None of the {len(substitutes)} substitutes has as many tokens as {fact.subject!r}. "
+            "Give substitutes=(...) of equal length."
+        )
 
 
 def _standard_error(x: np.ndarray) -> np.ndarray:
