@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -240,16 +240,24 @@ def project(lm: LM, vectors: Float[Tensor, "neuron d_model"]) -> Float[Tensor, "
     return values
 
 
-def neuron_tokens(lm: LM, layer: int, neuron: int, *, projection: Projection, k: int = 10) -> pd.DataFrame:
-    """`TokenIndex.tokens` straight from the weights, without an index; k tokens in either direction.
+def extreme_tokens(
+    lm: LM, layer: int, neurons: Sequence[int], *, projection: Projection, k: int = 10
+) -> tuple[Int[np.ndarray, "2 neuron k"], Float[np.ndarray, "2 neuron k"]]:
+    """The k tokens that some neurons of a layer promote and suppress most, straight from the weights: ids and values.
 
     Raises:
         VocabularyError: there is no such neuron or projection.
     """
-    check_neuron(layer, neuron, lm.n_layers, lm.d_mlp)
-    values = project(lm, readable(lm, layer, value_vectors(lm, layer, [neuron]), projection=projection))
-    ids, kept = _extremes(values, k)
-    return tokens_table(ids[:, 0], kept[:, 0])
+    for neuron in neurons:
+        check_neuron(layer, neuron, lm.n_layers, lm.d_mlp)
+    vectors = value_vectors(lm, layer, neurons)
+    return _extremes(project(lm, readable(lm, layer, vectors, projection=projection)), k)
+
+
+def neuron_tokens(lm: LM, layer: int, neuron: int, *, projection: Projection, k: int = 10) -> pd.DataFrame:
+    """`extreme_tokens` of one neuron as the table that `TokenIndex.tokens` gives; no index is needed."""
+    ids, values = extreme_tokens(lm, layer, [neuron], projection=projection, k=k)
+    return tokens_table(ids[:, 0], values[:, 0])
 
 
 def tokens_table(ids: Int[np.ndarray, "2 k"], values: Float[np.ndarray, "2 k"]) -> pd.DataFrame:
@@ -264,6 +272,12 @@ def tokens_table(ids: Int[np.ndarray, "2 k"], values: Float[np.ndarray, "2 k"]) 
         }
     )
     return table
+
+
+def words(lm: LM, token_ids: Iterable[int]) -> str:
+    """Tokens in one line, without their spaces; a token that is nothing else is quoted."""
+    texts = [lm.word(int(token)) for token in token_ids]
+    return ", ".join(text.strip() or repr(text) for text in texts)
 
 
 def spellings(lm: LM, text: str) -> tuple[int, ...]:
