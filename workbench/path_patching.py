@@ -194,35 +194,43 @@ class Graph:
         batches = [groups[first : first + at_once] for first in range(0, len(groups), at_once)]
         scores = []
         for batch in track(batches, "edges", len(batches)) if len(batches) > 1 else batches:
-            added: dict[Place, list[tuple[slice, int, Tensor]]] = {}
+            added: dict[Place, Tensor] = {}
             for g, group in enumerate(batch):
                 for edge in group:
-                    change = scale * self.change[index[edge.source]]
-                    added.setdefault(edge.place, []).append((slice(g * n, (g + 1) * n), edge.head or 0, change))
-            scores.append(self._scores_with(added, rows=len(batch) * n).view(len(batch), n))
+                    if edge.place not in added:
+                        shape = (
+                            len(batch),
+                            *self.change.shape[1:3],
+                            max(1, self.heads[edge.place.input]),
+                            self.lm.d_model,
+                        )
+                        added[edge.place] = self.change.new_zeros(shape)
+                    added[edge.place][g, :, :, edge.head or 0] += scale * self.change[index[edge.source]]
+            scores.append(
+                self._scores_with({place: change.flatten(0, 1) for place, change in added.items()}).view(-1, n)
+            )
         return torch.cat(scores) if scores else torch.empty(0, n, dtype=torch.float64)
 
     # --- runs ---
 
-    def _scores_with(self, added: Mapping[Place, Sequence[tuple[slice, int, Tensor]]], *, rows: int) -> Tensor:
+    def _scores_with(self, added: Mapping[Place, Float[Tensor, "row pos head d_model"]]) -> Float[Tensor, " row"]:
+        """The clean run's scores with something added at some inputs."""
         streams: dict[str, Tensor] = {}
 
-        def add(place: Place) -> list[Hook]:
+        def add(place: Place, change: Tensor) -> list[Hook]:
             tap = self.taps[place]
 
             def write(x: Tensor, hook: Any) -> Tensor:
-                x = x.clone()
-                heads = x if x.dim() == 4 else x[:, :, None]  # a view
-                for where, head, change in added[place]:
-                    if tap.norm is None:
-                        heads[where, :, head] += change.to(x)
-                    else:
-                        heads[where, :, head] = tap.norm(streams[tap.stream][where] + change.to(x))
-                return x
+                mine = change.to(x) if x.dim() == 4 else change[:, :, 0].to(x)
+                if tap.norm is None:
+                    return x + mine
+                stream = streams[tap.stream]
+                return tap.norm((stream[:, :, None] if x.dim() == 4 else stream) + mine)  # type: ignore[no-any-return]
 
             return [*([] if tap.norm is None else [_noting(tap.stream, streams)]), (tap.hook, write)]
 
-        hooks = [hook for place in self.taps if place in added for hook in add(place)]
+        hooks = [hook for place, change in added.items() for hook in add(place, change)]
+        rows = len(next(iter(added.values())))
         return self._score(logits(self.bridge, self.problem.clean.repeat(rows), hooks)).cpu().double()
 
     def _gradients(self, alpha: float) -> dict[Place, Tensor]:
