@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,21 @@ def test_a_stopped_run_goes_on_where_it_was(
     pd.testing.assert_frame_equal(again.table, whole.table)
     monkeypatch.undo()
     pd.testing.assert_frame_equal(locator(gpt2, facts).table, whole.table, check_dtype=True)
+
+
+def test_facts_that_cannot_be_taken_are_left_out_where_that_is_asked(gpt2: LM, tmp_path: Path) -> None:
+    swap = small("CausalTrace")
+    swap = replace(swap, corrupt="swap", substitutes=("Tower Eiffel",))  # type: ignore[call-arg]
+    facts, store = [ZURICH, SAID], Store(folder=tmp_path)
+    with pytest.raises(FactError, match="as many tokens"):
+        locate(swap, gpt2, facts)
+    found = locate(swap, gpt2, facts, store=store, skip=True)
+    assert found.facts == (SAID.id,)
+    assert set(found.run["left_out"]) == {ZURICH.id}
+    assert "as many tokens" in found.run["left_out"][ZURICH.id]
+    pd.testing.assert_frame_equal(found.table, locate(swap, gpt2, [SAID]).table)
+    with pytest.raises(FactError, match="None of the 1 facts"):
+        locate(swap, gpt2, [ZURICH], skip=True)
 
 
 def test_other_weights_are_another_question(name: str, tmp_path: Path) -> None:

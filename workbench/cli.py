@@ -23,6 +23,7 @@ from workbench.cli_parts import (
     read_formats,
     read_settings,
     read_size,
+    say_left_out,
     write_file,
 )
 from workbench.errors import InputError
@@ -204,7 +205,7 @@ def compare(
         formats, budget = read_formats(figures), read_size(memory)
         names = [name.strip() for name in methods.split(",") if name.strip()] or list(all_locators())
         lm, ready = prepare(model, chosen, device, dtype, {name: {} for name in names})
-        from analyses.locator_agreement import locator_agreement
+        from analyses.locator_agreement import agreement
         from workbench import export, paper
         from workbench.store import Store
 
@@ -214,21 +215,22 @@ def compare(
                 if isinstance(locator, InputError):
                     raise locator
                 with progress_bar(len(chosen)):
-                    found.append(locate(locator, lm, chosen, store=Store(folder=out / "footprints"), memory=budget))
+                    one = locate(locator, lm, chosen, store=Store(folder=out / "footprints"), memory=budget, skip=True)
             except InputError as error:
                 typer.echo(f"{name} is left out: {error}", err=True)
             else:
-                told = found[-1].run["throughput"]
-                typer.echo(f"{name}: {told['facts']} facts computed in {told['seconds']} s")
+                found.append(one)
+                told = one.run["throughput"]
+                typer.echo(f"{name}: {told['facts']} facts computed in {told['seconds']} s{say_left_out(one)}")
         if not found:
             raise FactError("None of the methods could locate these facts. The lines above say why.")
-        agreement = locator_agreement(found)
-        agreement.save(out / "agreement")
-        write_file(out / "agreement.csv", export.csv_bytes(agreement))
+        agreed = agreement(found)
+        agreed.save(out / "agreement")
+        write_file(out / "agreement.csv", export.csv_bytes(agreed))
         for form in formats:
             figure = paper.compare(found, planted=planted_band(model))
             write_file(out / f"compare.{form}", export.figure_bytes(figure, form))
-            write_file(out / f"agreement.{form}", export.figure_bytes(paper.agreement(agreement), form))
+            write_file(out / f"agreement.{form}", export.figure_bytes(paper.agreement(agreed), form))
         typer.echo(f"\nWritten to {out}")
 
 

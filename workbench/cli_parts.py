@@ -149,7 +149,7 @@ def locate_and_write(
     from workbench.store import Store
 
     with progress_bar(len(chosen)):
-        found = locate(locator, lm, chosen, store=Store(folder=out), memory=memory)
+        found = locate(locator, lm, chosen, store=Store(folder=out), memory=memory, skip=len(chosen) > 1)
     facts = found.extras["facts"].set_index("fact")
     for name in found.facts:
         row = facts.loc[name]
@@ -164,11 +164,17 @@ def locate_and_write(
         for form in formats:
             figure = _figure(found, name, planted_band(model))
             write_file(out / f"{file_name(name)}.{form}", export.figure_bytes(figure, form))
-    typer.echo(f"\nThe model knows {int(facts['correct'].sum())} of {len(found.facts)} facts.")
+    typer.echo(f"\nThe model knows {int(facts['correct'].sum())} of {len(found.facts)} facts{say_left_out(found)}.")
     for name, table in found.extras.items():
         if name != "samples":  # every noise sample of every cell; in the stored result
             table.to_csv(out / f"{name}.csv", index=False)
     typer.echo(f"\n{export.protocol_text(found)}\n{export.throughput_text(found)}\nWritten to {out}")
+
+
+def say_left_out(found: Footprint) -> str:
+    """How many facts a method could not take, and why the first of them; empty where it took all."""
+    left_out = found.run.get("left_out", {})
+    return f"; {len(left_out)} left out, e.g. {next(iter(left_out.items()))}" if left_out else ""
 
 
 def _figure(found: Footprint, fact: str, planted: range | None) -> Any:

@@ -130,7 +130,13 @@ def check_options(cls: type[Locator], options: Mapping[str, Any]) -> None:
 
 
 def locate(
-    locator: Locator, lm: LM, facts: Sequence[Fact], *, store: Store | None = None, memory: int | None = None
+    locator: Locator,
+    lm: LM,
+    facts: Sequence[Fact],
+    *,
+    store: Store | None = None,
+    memory: int | None = None,
+    skip: bool = False,
 ) -> Footprint:
     """Runs a locator over facts; with a store, each fact's pieces are kept as soon as they are there and not computed twice.
 
@@ -143,12 +149,14 @@ def locate(
         store: where pieces are kept; None to keep nothing.
         memory: bytes that the method may take for intermediate states, where it can do with less by working longer; None: half of
             what is free.
+        skip: leave out facts that the method cannot take, e.g. for want of a substitute, instead of raising.
 
     Returns:
-        The joined footprint. Its manifest has `throughput`: facts computed now, seconds, and the process's peak memory in MiB.
+        The joined footprint. Its manifest has `throughput`: facts computed now, seconds, and the process's peak memory in MiB;
+        and with `skip`, `left_out`: by the id of a fact, why.
 
     Raises:
-        FactError: no facts, or two of the same id.
+        FactError: no facts, or two of the same id; a fact that the method cannot take, or with `skip` none that it can.
         Cancelled: whoever listens to the progress stopped it.
     """
     facts = list(facts)
@@ -166,6 +174,7 @@ def locate(
     parts, at_once = locator.parts(), locator.facts_at_once(lm)
     batches = [facts[first : first + at_once] for first in range(0, len(facts), at_once)]
     found: dict[tuple[str, Locator], Footprint] = {}
+    left_out: dict[str, str] = {}
     began, computed = time.perf_counter(), 0
     for batch in track(batches, "facts", len(batches)) if len(batches) > 1 else batches:
         missing = []
@@ -176,13 +185,23 @@ def locate(
                 missing.append((fact, part))
             else:
                 found[fact.id, part] = kept
-        new = locator.locate_together(lm, missing, memory=memory) if missing else []
-        for (fact, part), piece in zip(missing, new, strict=True):
-            if store:
-                store.save(piece)
-            found[fact.id, part] = piece
-        computed += len({fact.id for fact, _ in missing})
-    whole = join([found[fact.id, part] for fact in facts for part in parts])
+        for pieces in _batches(missing, one_by_one=skip):
+            try:
+                new = locator.locate_together(lm, pieces, memory=memory)
+            except FactError as error:
+                if not skip:
+                    raise
+                left_out[pieces[0][0].id] = str(error)
+                continue
+            for (fact, part), piece in zip(pieces, new, strict=True):
+                if store:
+                    store.save(piece)
+                found[fact.id, part] = piece
+            computed += len({fact.id for fact, _ in pieces})
+    taken = [fact for fact in facts if fact.id not in left_out]
+    if not taken:
+        raise FactError(f"None of the {len(facts)} facts can be taken. The first: {left_out[facts[0].id]}")
+    whole = join([found[fact.id, part] for fact in taken for part in parts])
     throughput = {
         "facts": computed,
         "seconds": round(time.perf_counter() - began, 2),
@@ -190,7 +209,16 @@ def locate(
     }
     parameters = manifest("", model={}, parameters=locator, facts=())["parameters"]
     told = {"parameters": parameters, "throughput": throughput, **locator.told_of(whole)}
+    if left_out:
+        told["left_out"] = left_out
     return replace(whole, run={**whole.run, **told})
+
+
+def _batches(pieces: list[tuple[Fact, Locator]], *, one_by_one: bool) -> list[list[tuple[Fact, Locator]]]:
+    """The pieces as they are computed: all together, or each fact's alone, so that one that fails takes no other with it."""
+    if not one_by_one:
+        return [pieces] if pieces else []
+    return [[piece for piece in pieces if piece[0] == fact] for fact in dict.fromkeys(fact for fact, _ in pieces)]
 
 
 def peak_memory(lm: LM) -> int:
