@@ -45,6 +45,14 @@ ROLE_WORDS: Mapping[str, str] = {
 }
 """Rows of averages, in ROME's words (arXiv 2202.05262, Fig. 2)."""
 
+MEASURE_WORDS: Mapping[str, str] = {
+    "spearman": "Spearman's correlation",
+    "kendall": "Kendall's correlation",
+    "overlap": "overlap of the top layers",
+    "distance": "distance of the centres (layers)",
+}
+"""Titles of what `analyses.locator_agreement` measures."""
+
 HUES: Mapping[str, str] = {
     "embed": "blue",
     "resid_pre": "purple",
@@ -521,6 +529,54 @@ def series_styles(table: pd.DataFrame) -> dict[str, tuple[Mapping[Theme, str], t
     return styles
 
 
+def agreement_panel(result: Result, *, measure: str = "spearman") -> tuple[Panel, pd.DataFrame]:
+    """One measure of `analyses.locator_agreement` as a matrix, series against series, and the texts of its cells.
+
+    A text is the mean over facts, with `*` where its adjusted p by layers is below 0.05. The diagonal is empty.
+
+    Raises:
+        ResultError: the table is of something else, or has no such measure.
+    """
+    missing = [name for name in ("first", "second", "measure", "p_adjusted") if name not in result.table]
+    if missing:
+        raise ResultError(
+            f"This is no agreement of methods: its table lacks {', '.join(missing)}. Make one with analyses.locator_agreement."
+        )
+    half = result.table[result.table["measure"] == measure]
+    if half.empty:
+        raise ResultError(f"There is no measure {measure!r}. There are {', '.join(result.table['measure'].unique())}.")
+    labels = list(dict.fromkeys([*half["first"], *half["second"]]))
+    half = half.assign(
+        note=[_agreement_note(row) for row in half.to_dict("records")],
+        text=[_agreement_text(row) for row in half.to_dict("records")],
+    )
+    rows = pd.concat([half, half.rename(columns={"first": "second", "second": "first"})])
+    grids = {
+        name: rows.pivot(index="first", columns="second", values=name).reindex(index=labels, columns=labels)
+        for name in ("value", "note", "text")
+    }
+    values = grids["value"].astype(float)
+    is_distance = measure == "distance"
+    most = float(np.nanmax(values, initial=1.0)) if is_distance else 1.0
+    panel = Panel(
+        kind="",
+        title=MEASURE_WORDS.get(measure, measure),
+        values=values,
+        sites=values.isna(),
+        notes=grids["note"].fillna(""),
+        estimated=values.isna() & False,
+        labels=tuple(f"{label}  {i}" for i, label in enumerate(labels, start=1)),
+        strong=(False,) * len(labels),
+        layer_title="",
+        score=MEASURE_WORDS.get(measure, measure),
+        low=0.0 if is_distance or measure == "overlap" else -1.0,
+        high=most,
+        reverse=is_distance,
+        effects=not is_distance,
+    )
+    return panel, grids["text"].fillna("")
+
+
 def series_note(row: Mapping[Any, Any]) -> str:
     """What is said about one point of `comparison`."""
     lines = [str(row["label"]), f"layer {row['layer']}", number(row["value"], sign=True)]
@@ -615,6 +671,25 @@ def _average_note(result: Result, row: Mapping[Any, Any], name: str) -> str:
 def _window_note(result: Result, row: Mapping[Any, Any]) -> list[str]:
     layers = restored_layers(result, kind=str(row["kind"]), layer=int(row["layer"]))
     return [f"layers {layers[0]}–{layers[-1]} together"] if len(layers) > 1 else []
+
+
+def _agreement_text(row: Mapping[Any, Any]) -> str:
+    if not math.isfinite(row["value"]):
+        return "–"
+    return f"{row['value']:.2f}".replace("-", "−") + "*" * bool(row["p_adjusted"] < 0.05)
+
+
+def _agreement_note(row: Mapping[Any, Any]) -> str:
+    lines = [
+        f"{row['first']} and {row['second']}",
+        f"{MEASURE_WORDS.get(row['measure'], row['measure'])} {number(row['value'])}",
+    ]
+    if math.isfinite(row["low"]):
+        lines.append(f"95 % interval {number(row['low'])} to {number(row['high'])}")
+    lines.append(f"by layers: p {number(row['p'])}, adjusted {number(row['p_adjusted'])}")
+    if math.isfinite(row["others"]):
+        lines.append(f"between different facts {number(row['others'])}; by facts: p {number(row['p_fact'])}")
+    return "\n".join([*lines, f"{row['n']} fact{'s' * (row['n'] != 1)}"])
 
 
 def number(value: Any, *, sign: bool = False) -> str:

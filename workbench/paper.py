@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ from workbench.export import figure_metadata
 from workbench.results import Footprint, Result, ResultError
 from workbench.sites import Role
 
-__all__ = ["PaperFigure", "average", "compare", "heads", "heatmap", "profile"]
+__all__ = ["PaperFigure", "agreement", "average", "compare", "heads", "heatmap", "profile"]
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +266,47 @@ def compare(
     return figure
 
 
+def agreement(result: Result, *, measure: str = "spearman", size: Size | None = None) -> PaperFigure:
+    """How well methods agree, every series against every other (`analyses.locator_agreement`); `*`: adjusted p by layers < 0.05.
+
+    Args:
+        result: the agreement.
+        measure: `spearman`, `kendall`, `overlap` or `distance`.
+        size: None: a column for up to 6 series, a page for more.
+
+    Raises:
+        ResultError: the table is of something else, or has no such measure.
+    """
+    panel, texts = drawing.agreement_panel(result, measure=measure)
+    n, colors = len(panel.labels), LinearSegmentedColormap.from_list("agreement", panel.colors("light"))
+    if panel.reverse:
+        colors = colors.reversed()
+    with _settings():
+        width, height = _inches(size or ("column" if n <= 6 else "page"), n=1, one=max(0.8, 0.2 * n), extra=0.35)
+        figure = PaperFigure(run=result.run, title=panel.title, figsize=(width, height), layout="constrained")
+        ax, values = figure.subplots(), panel.values.to_numpy(dtype=float)
+        mesh = ax.pcolormesh(
+            range(n + 1), range(n + 1), values, cmap=colors, norm=Normalize(panel.low, panel.high),
+            edgecolors="face", linewidth=0.2, rasterized=False,
+        )  # fmt: skip
+        for (row, column), words in np.ndenumerate(texts.to_numpy()):
+            dark = np.isfinite(values[row, column]) and sum(colors(mesh.norm(values[row, column]))[:3]) < 1.5
+            text = ax.text(column + 0.5, row + 0.5, "", ha="center", va="center", color="#ffffff" if dark else _INK)
+            _write(text, words, size=6.5)
+        ax.set_ylim(n, 0)
+        ax.xaxis.tick_top()
+        places = [i + 0.5 for i in range(n)]
+        ax.set_xticks(places, [str(i + 1) for i in range(n)])
+        ax.set_yticks(places, [_with_fonts(label)[1] for label in panel.labels])
+        _frame(ax, sides=("left", "right", "top", "bottom"))
+        ax.tick_params(length=0)
+        for text, label in zip(ax.get_yticklabels(), panel.labels, strict=True):
+            _write(text, label)
+        _bar(figure, ax, mesh, panel)
+        _settle(figure)
+    return figure
+
+
 # --- parts ---
 
 
@@ -329,6 +371,7 @@ def _settle(figure: PaperFigure) -> None:
     """Lays the figure out once and for all, so that every file of it is the same."""
     engine = figure.get_layout_engine()
     assert engine is not None  # as the figure was made
+    figure.set_dpi(300)  # letters' widths are rounded to dots: fewer dots make labels too short for their place
     engine.execute(figure)
     figure.set_layout_engine("none")
 

@@ -18,7 +18,18 @@ from workbench.drawing import Column, Panel, Theme
 from workbench.results import Footprint, Result
 from workbench.sites import Role
 
-__all__ = ["average", "compare", "heads", "heatmap", "lens", "predictions", "profile", "samples", "shared_range"]
+__all__ = [
+    "agreement",
+    "average",
+    "compare",
+    "heads",
+    "heatmap",
+    "lens",
+    "predictions",
+    "profile",
+    "samples",
+    "shared_range",
+]
 
 FONT = '"Source Sans", "Source Sans 3", system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 """Streamlit's own font first, then what each system has."""
@@ -234,6 +245,44 @@ def compare(
         legend=dict(itemwidth=44, entrywidth=wide, entrywidthmode="pixels"),
     )
     return _dressed(figure, theme=theme, margin=dict(l=8, r=8, t=24 if planted else 12, b=8))
+
+
+def agreement(result: Result, *, measure: str = "spearman", theme: Theme = "light", title: bool = True) -> go.Figure:
+    """How well methods agree, every series against every other (`analyses.locator_agreement`); `*`: adjusted p by layers < 0.05.
+
+    Args:
+        result: the agreement.
+        measure: `spearman`, `kendall`, `overlap` or `distance`.
+        theme: the page's.
+        title: write the measure above the matrix.
+
+    Raises:
+        ResultError: the table is of something else, or has no such measure.
+    """
+    panel, texts = drawing.agreement_panel(result, measure=measure)
+    n = len(panel.labels)
+    numbers, row = list(range(1, n + 1)), 44 if n <= 6 else 32
+    figure = go.Figure(
+        go.Heatmap(
+            z=panel.values.to_numpy(), x=numbers, y=numbers, zmin=panel.low, zmax=panel.high, xgap=1, ygap=1,
+            colorscale=_scale(panel.colors(theme)), reversescale=panel.reverse,
+            text=texts.to_numpy(), texttemplate="%{text}", textfont=dict(size=12 if n <= 8 else 10),
+            customdata=[[_lines(note) if note else "" for note in notes] for notes in panel.notes.to_numpy()],
+            hovertemplate="%{customdata}<extra></extra>", hoverongaps=False,
+            colorbar=dict(thickness=10, outlinewidth=0, xpad=10, ypad=0, len=1, nticks=5, ticks="", tickfont_size=11),
+        )
+    )  # fmt: skip
+    figure.update_xaxes(
+        tickvals=numbers, side="top", ticks="", showgrid=False, zeroline=False, fixedrange=True, range=[0.5, n + 0.5]
+    )
+    figure.update_yaxes(
+        tickvals=numbers, ticktext=[_safe(label) for label in panel.labels], range=[n + 0.5, 0.5], ticks="",
+        showgrid=False, zeroline=False, automargin=True, fixedrange=True, ticklabelstandoff=4,
+    )  # fmt: skip
+    top = 58 if title else 28
+    figure.update_layout(height=top + 12 + row * n, dragmode=False)
+    heading = panel.title[:1].upper() + panel.title[1:]
+    return _dressed(figure, theme=theme, title=heading if title else "", margin=dict(l=8, r=8, t=top, b=12))
 
 
 def predictions(
