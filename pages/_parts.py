@@ -417,7 +417,7 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
             _tidy(name)
         else:
             with suppress(StreamlitAPIException):  # Streamlit itself writes what a widget on the page is bound to
-                st.query_params[name] = str(value)
+                st.query_params[name] = list(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return asked
 
 
@@ -529,6 +529,9 @@ class Found:
     wrong: str
     """What is wrong with the model or the question, in one sentence; empty: nothing."""
 
+    checked: Any
+    """What the page's own check gave back; None while it has not."""
+
     @property
     def footprint(self) -> Footprint | None:
         """As much of the answer as is stored."""
@@ -549,22 +552,28 @@ class Found:
         )
 
 
-def find(asked: Asked) -> Found:
-    """What is stored of a question, and what the model says to it; its model is loaded where it is not yet."""
+def find(asked: Asked, *, check: Callable[[LM, Asked, str, str], Any] | None = None) -> Found:
+    """What is stored of a question, and what the model says to it, before any long work.
+
+    Its model is loaded where it is not yet.
+
+    Args:
+        asked: the question.
+        check: a page's own check, given the model, the question, the weights' hash and the question's key; it raises InputError
+            where something is wrong.
+    """
     model = workshop().model(choice_of(asked))
+    stored, seen, wrong, checked = asked.find(store()), None, model.status.error, None
     lm = model.result if model.status.state == "done" else None
-    seen, wrong = check_question(asked, lm) if lm is not None else (None, model.status.error)
-    return Found(stored=asked.find(store()), model=model, lm=lm, seen=seen, wrong=wrong)
-
-
-def check_question(asked: Asked, lm: LM) -> tuple[Look | None, str]:
-    """What the model says, and what is wrong with the question (empty: nothing), before any long work."""
-    try:
-        seen = look_cached(lm, asked.fact, lm.weight_hash, asked.fact.id, asked.fact.text, asked.fact.target_true)
-        _check_cached(lm, asked, lm.weight_hash, asked.key)
-    except InputError as error:
-        return None, str(error)
-    return seen, ""
+    if lm is not None:
+        try:
+            said = look_cached(lm, asked.fact, lm.weight_hash, asked.fact.id, asked.fact.text, asked.fact.target_true)
+            _check_cached(lm, asked, lm.weight_hash, asked.key)
+            checked = check(lm, asked, lm.weight_hash, asked.key) if check else None
+            seen = said
+        except InputError as error:
+            wrong = str(error)
+    return Found(stored=stored, model=model, lm=lm, seen=seen, wrong=wrong, checked=checked)
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
@@ -658,10 +667,10 @@ def show_predictions(found: Found) -> None:
         st.skeleton(height=224)
 
 
-def show_tokens(seen: Look, *, key: str) -> None:
+def show_tokens(seen: Look, *, key: str, most: int = 8) -> None:
     """The most probable next tokens as bars."""
     st.plotly_chart(
-        plots.predictions(seen.top, theme=theme(), answer=seen.answer),
+        plots.predictions(seen.top[:most], theme=theme(), answer=seen.answer),
         theme=None,
         key=key,
         config=QUIET,
@@ -709,7 +718,9 @@ def chosen_site(footprint: Footprint) -> tuple[Site, bool]:
 
 
 def show_lens(asked: Asked, site: Site, lm: LM | None) -> None:
-    """What the final norm and the unembedding read at a site."""
+    """What the final norm and the unembedding read at a site; nothing for single heads and neurons, which are no states."""
+    if site.kind in ("z", "mlp_post"):
+        return
     st.markdown(
         "**Logit lens**",
         help="The clean run's state here, read by the final norm and the unembedding as if it were the last layer's. "
