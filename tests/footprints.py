@@ -70,6 +70,38 @@ def footprint(
     )
 
 
+def of_values(
+    values: Sequence[Sequence[float]],
+    *,
+    kind: str = "mlp_out",
+    part: str = "",
+    fact: str = "eiffel",
+    what: str = "CausalTrace",
+) -> Footprint:
+    """A footprint that belongs to no token, without scores: one row of values, or one for each `head` or `neuron`; by layer."""
+    rows = [
+        {
+            "fact": fact,
+            "site": f"L{layer}.{kind}" + (f"[{row}]" if part else ""),
+            "layer": layer,
+            "kind": kind,
+            "head": row if part == "head" else pd.NA,
+            "neuron": row if part == "neuron" else pd.NA,
+            "token": "all",
+            "position": pd.NA,
+            "text": "",
+            "value": value,
+            "se": float("nan"),
+            "score": float("nan"),
+        }
+        for row, own in enumerate(values)
+        for layer, value in enumerate(own)
+    ]
+    table = pd.DataFrame(rows).astype({"head": "Int64", "neuron": "Int64", "position": "Int64"})
+    run = {**_run(fact, EIFFEL, len(values[0]), 1, 1, "logit", [kind]), "what": what, "unit": "logit of the answer"}
+    return Footprint(table=table, run=run, extras={"facts": pd.DataFrame([{"fact": fact, "answer": "Paris"}])})
+
+
 def several(n: int = 4) -> Footprint:
     """Footprints of several facts as one."""
     return join([footprint(seed=i, fact=f"fact-{i}") for i in range(n)])
