@@ -87,11 +87,12 @@ def test_rows_of_neurons_are_the_largest_of_the_model_or_of_each_layer(gpt2: LM)
     one = ValueVectors(neurons=7)(gpt2, [SAID])
     rows = one.neurons()
     assert rows["value"].tolist() == sorted(scores.ravel(), reverse=True)[:7]
-    assert scores[rows["layer"].to_numpy(), rows["neuron"].to_numpy(int)].tolist() == rows["value"].tolist()
+    layers, neurons = rows[["layer", "neuron"]].to_numpy(int).T
+    assert scores[layers, neurons].tolist() == rows["value"].tolist()
     each = ValueVectors(neurons=3, per="layer")(gpt2, [SAID]).neurons()
     assert each["value"].is_monotonic_decreasing
-    for layer, own in each.groupby("layer"):
-        assert own["value"].tolist() == sorted(scores[layer], reverse=True)[:3]
+    for layer in range(gpt2.n_layers):
+        assert each.loc[each["layer"] == layer, "value"].tolist() == sorted(scores[layer], reverse=True)[:3]
     none = ValueVectors(neurons=0)(gpt2, [SAID, ZURICH])
     assert none.neurons().empty
     assert none.extras["neurons"].empty
@@ -101,7 +102,7 @@ def test_rows_of_neurons_are_the_largest_of_the_model_or_of_each_layer(gpt2: LM)
 def test_the_table_of_neurons_says_what_they_are(gpt2: LM, projection: Projection) -> None:
     here = ValueVectors(neurons=5, tokens=3, projection=projection)(gpt2, [SAID])
     clean = run(gpt2, gpt2.encode([SAID]), read=["mlp_post"])
-    table, sizes = here.extras["neurons"], here.extras["layers"].set_index("layer")["sizes"]
+    table, sizes = here.extras["neurons"], here.extras["layers"]["sizes"].to_numpy()
     assert table["contribution"].tolist() == here.neurons()["value"].tolist()
     for i, (layer, neuron) in enumerate(zip(table["layer"], table["neuron"], strict=True)):
         site = Site(layer=layer, kind="mlp_post", token="last", neuron=neuron)
