@@ -18,11 +18,11 @@ from workbench.sites import Site
 
 THEMES: tuple[drawing.Theme, ...] = ("light", "dark")
 LAYERS = (0.4, -0.2, 0.0, 1.5)
-NEURONS = {(3, 17): 0.9, (0, 2): 0.3, (3, 16): 0.895, (1, 5): -0.25}
+NEURONS = {(3, 17): 0.9, (0, 2): 0.3, (3, 16): 0.895, (3, 18): 0.897, (1, 5): -0.25}
 
 
 def attributed(fact: str = "eiffel", answer: str = "Paris") -> Footprint:
-    """Contributions of four layers and of four of their neurons."""
+    """Contributions of four layers and of five of their neurons."""
     places = [(layer, pd.NA, value) for layer, value in enumerate(LAYERS)]
     places += [(layer, neuron, value) for (layer, neuron), value in NEURONS.items()]
     rows = [
@@ -96,7 +96,7 @@ def test_one_fact_is_drawn() -> None:
             draw(two)
 
 
-def test_paper_draws_the_same_numbers_and_names_the_strongest_that_do_not_overlap() -> None:
+def test_paper_draws_the_same_numbers_and_names_the_strongest_on_either_side_of_their_dots() -> None:
     figure = paper_contributions(attributed(), planted=range(1, 3))
     (ax,) = figure.axes
     bars = [patch for patch in ax.patches if patch.get_label().startswith("_") and patch.get_width() == 0.72]
@@ -105,7 +105,7 @@ def test_paper_draws_the_same_numbers_and_names_the_strongest_that_do_not_overla
     assert list(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == [
         (layer, value) for (layer, _), value in NEURONS.items()
     ]
-    assert [text.get_text() for text in ax.texts] == ["L3.17", "L0.2", "L1.5"]
+    assert [text.get_text() for text in ax.texts] == ["L3.17", "L3.18", "L0.2", "L1.5"]
     assert neuron_label(3, 17) == "L3.17"
 
 

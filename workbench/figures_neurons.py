@@ -21,7 +21,7 @@ from workbench.results import Footprint, ResultError
 __all__ = ["contributions", "neuron_label", "paper_contributions", "paper_tokens", "tokens"]
 
 NAMED = 4
-"""How many of the strongest neurons are named on paper, where nothing can be pointed at."""
+"""How many neurons are named on paper at most, where nothing can be pointed at."""
 
 
 def neuron_label(layer: int, neuron: int) -> str:
@@ -218,17 +218,27 @@ def _token_text(row: Mapping[Any, Any], answer: str, *, bold: tuple[str, str]) -
 
 
 def _name_strongest(ax: Axes, neurons: pd.DataFrame) -> None:
-    """Writes the names of the strongest neurons beside their dots, except where two would lie on each other."""
-    low, high = ax.get_ylim()
-    named: list[tuple[int, float]] = []
+    """Writes the names of the strongest neurons beside their dots, as far as they lie on no dot and on no other name."""
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    long, tall = 0.13 * (right - left), 0.05 * (high - low)
+    dots = [(float(x), float(y)) for x, y in zip(neurons["layer"], neurons["value"], strict=True)]
+    taken: list[tuple[float, float, float]] = []
     for row in neurons.sort_values("value", key=abs, ascending=False).to_dict("records"):
-        layer, value = int(row["layer"]), float(row["value"])
-        if len(named) < NAMED and all(
-            abs(layer - other) > 2 or abs(value - there) > 0.07 * (high - low) for other, there in named
-        ):
-            named.append((layer, value))
-            note = ax.annotate("", (layer, value), xytext=(3, 0), textcoords="offset points", va="center")
-            paper._write(note, neuron_label(layer, int(row["neuron"])), size=6)
+        x, y = float(row["layer"]), float(row["value"])
+        for start, stop in ((x, x + long), (x - long, x)):
+            free = all(
+                abs(y - there) > tall or last <= start or first >= stop
+                for first, last, there in [*taken, *((dot, dot, there) for dot, there in dots)]
+            )
+            if len(taken) < NAMED and free and left <= start and stop <= right:
+                taken.append((start, stop, y))
+                side = 1 if start == x else -1
+                note = ax.annotate(
+                    "", (x, y), xytext=(3 * side, 0), textcoords="offset points", va="center",
+                    ha="left" if side > 0 else "right",
+                )  # fmt: skip
+                paper._write(note, neuron_label(row["layer"], row["neuron"]), size=6)
+                break
 
 
 def _draw_tokens(ax: Axes, table: pd.DataFrame, *, answer: str) -> None:
