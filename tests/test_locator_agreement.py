@@ -27,9 +27,14 @@ def method(what: str, profiles: Sequence[Sequence[float]] | np.ndarray) -> Footp
     return join([of_values([list(own)], fact=f"fact-{i}", what=what) for i, own in enumerate(profiles)])
 
 
-def pair(first: Sequence[float], second: Sequence[float], **more: Any) -> pd.DataFrame:
+def compared(*ways: Footprint, **more: Any) -> Any:
+    """The measures of two methods, by name; typed loosely, since pandas' cells may be anything."""
+    return agreement(ways, **more).table.set_index("measure")
+
+
+def pair(first: Sequence[float], second: Sequence[float], **more: Any) -> Any:
     """The measures of two profiles of one fact, by name."""
-    return agreement([method("A", [first]), method("B", [second])], **more).table.set_index("measure")
+    return compared(method("A", [first]), method("B", [second]), **more)
 
 
 def random_methods(n: int, *, facts: int, layers: int, seed: int = 0) -> list[Footprint]:
@@ -85,7 +90,7 @@ def test_the_chance_of_an_overlap_is_hypergeometric() -> None:
 
 def test_over_facts_there_are_means_with_intervals() -> None:
     ways = [method("A", [[1, 2, 3], [1, 2, 3]]), method("B", [[1, 2, 3], [2, 1, 3]])]
-    row = agreement(ways).table.set_index("measure").loc["spearman"]
+    row = compared(*ways).loc["spearman"]
     assert row["value"] == pytest.approx(0.75)
     assert row["high"] - row["value"] == pytest.approx(12.706205 * 0.25)  # Student's t, 1 degree of freedom
     assert row["n"] == 2
@@ -144,7 +149,7 @@ def test_by_chance_few_p_over_facts_are_small() -> None:
 def test_the_same_fact_many_times_proves_no_more() -> None:
     first, second = np.random.default_rng(5).normal(size=(2, 6))
     once = pair(first, second)
-    often = agreement([method("A", [first] * 9), method("B", [second] * 9)]).table.set_index("measure")
+    often = compared(method("A", [first] * 9), method("B", [second] * 9))
     assert once["p"].to_dict() == pytest.approx(often["p"].to_dict())
     assert (often["p_fact"] == 1).all()
 
@@ -153,13 +158,13 @@ def test_a_common_liking_for_layers_is_no_agreement_about_facts() -> None:
     rng = np.random.default_rng(7)
     liking = 3 * rng.normal(size=8)
     alike = [method(name, liking + 0.3 * rng.normal(size=(12, 8))) for name in ("A", "B")]
-    row = agreement(alike).table.set_index("measure").loc["spearman"]
+    row = compared(*alike).loc["spearman"]
     assert row["p"] < 0.01
     assert row["p_fact"] > 0.05
     assert row["others"] == pytest.approx(row["value"], abs=0.05)
     places = rng.normal(size=(12, 8))
     of_facts = [method(name, places + 0.3 * rng.normal(size=(12, 8))) for name in ("A", "B")]
-    row = agreement(of_facts).table.set_index("measure").loc["spearman"]
+    row = compared(*of_facts).loc["spearman"]
     assert row["p_fact"] < 0.01
     assert row["value"] > 0.7 > 0.3 > row["others"]
 
@@ -169,17 +174,17 @@ def test_a_common_liking_for_layers_is_no_agreement_about_facts() -> None:
 
 def test_ranks_do_not_change_under_growing_functions_and_centres_not_with_the_unit() -> None:
     first, second = np.random.default_rng(2).normal(size=(2, 4, 6))
-    plain = agreement([method("A", first), method("B", second)]).table.set_index("measure")
-    bent = agreement([method("A", np.exp(first)), method("B", second**3)]).table.set_index("measure")
+    plain = compared(method("A", first), method("B", second))
+    bent = compared(method("A", np.exp(first)), method("B", second**3))
     ranked = ["spearman", "kendall", "overlap"]
     pd.testing.assert_frame_equal(plain.loc[ranked], bent.loc[ranked])
-    scaled = agreement([method("A", 5 * first), method("B", 0.01 * second)]).table.set_index("measure")
+    scaled = compared(method("A", 5 * first), method("B", 0.01 * second))
     pd.testing.assert_frame_equal(plain, scaled)
 
 
 def test_a_method_agrees_with_itself() -> None:
     own = np.random.default_rng(4).normal(size=(5, 6))
-    table = agreement([method("A", own), method("B", own)]).table.set_index("measure")
+    table = compared(method("A", own), method("B", own))
     assert table["value"].to_dict() == pytest.approx({"spearman": 1, "kendall": 1, "overlap": 1, "distance": 0})
     assert table.at["spearman", "p"] == pytest.approx(1 / 720)
     assert table.at["spearman", "p_fact"] == pytest.approx(1 / 120)
@@ -230,8 +235,8 @@ def test_a_flat_profile_has_no_ranks(flat: list[float]) -> None:
 def test_facts_without_a_value_do_not_count() -> None:
     first = [[1, 2, 3, 4], [5, 5, 5, 5], [4, 1, 2, 3]]
     second = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 4, 2, 3]]
-    found = agreement([method("A", first), method("B", second)]).table.set_index("measure")
-    left = agreement([method("A", first[::2]), method("B", second[::2])]).table.set_index("measure")
+    found = compared(method("A", first), method("B", second))
+    left = compared(method("A", first[::2]), method("B", second[::2]))
     assert found.at["spearman", "n"] == 2
     numbers = ["value", "low", "high", "n", "p", "others", "p_fact"]
     pd.testing.assert_series_equal(found.loc["spearman", numbers], left.loc["spearman", numbers])
