@@ -86,7 +86,7 @@ TOKENS_AT_ONCE = 4096
 """Tokens of the vocabulary that meet them at a time."""
 
 
-def _log_p(lm: LM, normed: Float[Tensor, "row step d_model"], ids: Int[Tensor, " step"]) -> Float[Tensor, "row step"]:
+def _log_p(lm: LM, normed: Float[Tensor, "row step d_embed"], ids: Int[Tensor, " step"]) -> Float[Tensor, "row step"]:
     """Log-probability of one token at each step: its logit minus a running log-sum-exp over pieces of the vocabulary."""
     kept = torch.float64 if normed.dtype == torch.float64 else torch.float32
     total = torch.full(normed.shape[:-1], -torch.inf, dtype=kept, device=normed.device)
@@ -187,7 +187,7 @@ def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "
     return _unembedded(lm, _normed(lm, hidden))
 
 
-def _normed(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+def _normed(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_embed"]:
     with torch.no_grad():
         normed: Tensor = lm.final_norm(hidden.to(lm.dtype))
         project = getattr(lm.model.get_submodule(lm.layout.final_norm.rpartition(".")[0]), "project_out", None)
@@ -197,7 +197,7 @@ def _normed(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 
 
 
 def _unembedded(
-    lm: LM, normed: Float[Tensor, "... d_model"], tokens: slice | None = None
+    lm: LM, normed: Float[Tensor, "... d_embed"], tokens: slice | None = None
 ) -> Float[Tensor, "... token"]:
     """The logits of all tokens, or of some where the unembedding is a plain matrix."""
     config = lm.model.config.get_text_config()
