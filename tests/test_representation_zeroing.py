@@ -103,7 +103,8 @@ def test_a_window_over_the_model_has_one_value_and_mlps_that_add_nothing_have_no
     narrow = RepresentationZeroing(window=1)(lm, [SAID]).table
     assert narrow["value"][2] == pytest.approx(0, abs=1e-6)
     assert narrow["value"][:2].abs().min() > 1e-2
-    assert narrow["value"][3] == pytest.approx(0, abs=1e-6)  # what the last layer adds to the subject reaches no other token
+    # What the last layer adds to the subject reaches no other token.
+    assert narrow["value"][3] == pytest.approx(0, abs=1e-6)
 
 
 def test_many_layers_are_run_in_several_batches(gpt2: LM, monkeypatch: pytest.MonkeyPatch) -> None:

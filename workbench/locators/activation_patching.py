@@ -22,7 +22,7 @@ from workbench.gradients import estimate_entries
 from workbench.hooks import run
 from workbench.locators.base import Locator
 from workbench.locators.tables import fact_row, site_rows
-from workbench.locators.tracing import Experiment, counterparts, find_answer, with_best_foil
+from workbench.locators.tracing import Experiment, counterparts, find_answer, require_effect, with_best_foil
 from workbench.metrics import Answer, Score
 from workbench.models import LM, Tokens
 from workbench.restoring import Cell, Restoration, Restored
@@ -32,9 +32,6 @@ from workbench.sweep import restore
 
 PatchedKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "mlp_post"]
 """What can be patched: states, sublayers' outputs, single heads (`z`), the MLP's neurons (`mlp_post`)."""
-
-SMALLEST_EFFECT = 1e-4
-"""A difference between the two prompts below this, in the score's unit, leaves nothing to take parts of."""
 
 PEERS = 3
 """So many subjects of each relation and length are kept to choose from, each with another answer."""
@@ -150,11 +147,7 @@ class ActivationPatching(Locator):
             score=Score(kind=self.score, answer=answer),
         )
         total = self._scored(lm, problem, tokens) - self._scored(lm, problem, other)
-        if not abs(total) >= SMALLEST_EFFECT:
-            raise FactError(
-                f"{fact.text!r} and {''.join(other.texts[0])!r} differ by {total:.1e} in {self.score}, expected at least "
-                f"{SMALLEST_EFFECT:.0e}, so there is no effect to take parts of. Give another of substitutes=(...)."
-            )
+        require_effect(total, score=self.score, between=f"{fact.text!r} and {''.join(other.texts[0])!r}")
         return Experiment(
             fact=fact,
             problem=problem,

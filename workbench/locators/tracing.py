@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from typing_extensions import Self
 
 from workbench.facts import Fact, FactError
@@ -25,6 +26,9 @@ from workbench.sites import KINDS, Role, SiteKind, window
 
 MOST_SAMPLES = 10_000
 """More noise samples than anybody needs; a slip of the keyboard should not fill the memory."""
+
+SMALLEST_EFFECT = 1e-4
+"""A difference of two runs below this, in the score's unit, is too small to take shares of."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,7 +179,7 @@ class Tracing(Locator):
             said=experiment.said,
             clean=clean,
             corrupted=low.mean(),
-            corrupted_se=_standard_error(low[None])[0],
+            corrupted_se=standard_error(low[None])[0],
             total_effect=self._sign * (clean - low.mean()),
             sigma=np.nan if experiment.sigma is None else experiment.sigma,
             corrupted_prompt="" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
@@ -212,11 +216,7 @@ class Tracing(Locator):
             if parsed.relative:
                 parsed = parsed.absolute(prompt_sigma(lm, tokens.ids[0, spans[0] : spans[1]].tolist()))
             sigma = parsed.number
-            noise = torch.zeros(self.samples, tokens.ids.shape[1], lm.d_model, dtype=torch.float64)
-            noise[:, spans[0] : spans[1]] = draw(
-                lm, parsed, samples=self.samples, tokens=spans[1] - spans[0], seed=self.seed
-            )
-            noise = noise.to(lm.device, lm.dtype)
+            noise = self._drawn(lm, parsed, tokens, range(*spans))
             corrupted = tokens.repeat(self.samples)
             foil_logits = clean.last_logits[0]
         else:
@@ -241,6 +241,14 @@ class Tracing(Locator):
             sigma=sigma,
             said=int(clean.last_logits[0].argmax()),
         )
+
+    def _drawn(
+        self, lm: LM, noise: Noise, tokens: Tokens, positions: Sequence[int]
+    ) -> Float[torch.Tensor, "sample pos d_model"]:
+        """Samples of the noise at some positions, zero elsewhere."""
+        drawn = torch.zeros(self.samples, tokens.ids.shape[1], lm.d_model, dtype=torch.float64)
+        drawn[:, positions] = draw(lm, noise, samples=self.samples, tokens=len(positions), seed=self.seed)
+        return drawn.to(lm.device, lm.dtype)
 
     def _cells(self, lm: LM, tokens: Tokens) -> list[Cell]:
         roles = tokens.roles()
@@ -271,7 +279,7 @@ class Tracing(Locator):
             layer=[cell.layer for cell in cells],
             position=[cell.position for cell in cells],
             value=np.nanmean(effects, 1),
-            se=_standard_error(effects),
+            se=standard_error(effects),
             score=np.nanmean(scores, 1),
         )
         n = scores.shape[1]
@@ -285,6 +293,15 @@ class Tracing(Locator):
             }
         )
         return table, samples.dropna(subset="score", ignore_index=True)
+
+
+def require_effect(total: float, *, score: ScoreKind, between: str) -> None:
+    """Raises FactError where two runs differ too little to take shares of their difference."""
+    if not abs(total) >= SMALLEST_EFFECT:
+        raise FactError(
+            f"{between} differ by {total:.1e} in {score}, expected at least {SMALLEST_EFFECT:.0e}: there is no effect to take "
+            "shares of. Take another corruption, or a fact that the model knows."
+        )
 
 
 def find_answer(lm: LM, fact: Fact, clean: Activations) -> Answer:
@@ -331,7 +348,7 @@ def counterparts(
         )
 
 
-def _standard_error(x: np.ndarray) -> np.ndarray:
+def standard_error(x: np.ndarray) -> np.ndarray:
     """Standard error of the mean over the last axis, NaN left out; NaN for a single sample."""
     n = np.isfinite(x).sum(-1)
     several = np.where(n > 1, n, 2)
