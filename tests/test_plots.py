@@ -10,9 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from tests.footprints import ODD, average, footprint, several
+from analyses.locator_agreement import agreement
+from tests.footprints import ODD, average, footprint, of_values, several
 from workbench import drawing, plots
-from workbench.results import Result, ResultError
+from workbench.profiles import layer_profiles
+from workbench.results import Footprint, Result, ResultError, join
 from workbench.sites import TOKEN_ROLES, Site
 
 THEMES: tuple[drawing.Theme, ...] = ("light", "dark")
@@ -264,6 +266,208 @@ def test_a_profile_of_one_fact_has_no_band() -> None:
     assert len(figure.data) == 7
     with pytest.raises(ResultError, match="roles"):
         plots.profile(footprint((" A", "b"), subject=(0, 1)), kind="mlp_out", roles=("further",))
+
+
+def test_what_belongs_to_no_token_has_no_map_and_no_roles() -> None:
+    with pytest.raises(ResultError, match="belongs to no token"):
+        plots.heatmap(of_values([[1.0, 2.0]]), kind="mlp_out")
+    with pytest.raises(ResultError, match=r"compare\(\)"):
+        plots.profile(of_values([[1.0, 2.0]]), kind="mlp_out")
+
+
+# --- methods without a corrupted run, with signs, with heads ---
+
+
+def signed(*, lowest: float = -3.0, kind: str = "mlp_out", unit: str = "logit of the answer") -> Footprint:
+    """Contributions as of a method without a corrupted run."""
+    result = footprint(kinds=(kind,), window=1)
+    value = np.linspace(lowest, 2.0, len(result.table))
+    facts = result.extras["facts"].drop(columns=["corrupted", "total_effect"])
+    run = {**result.run, "what": "Contributions", "parameters": {}, "unit": unit}
+    return Footprint(table=result.table.assign(value=value), run=run, extras={"facts": facts})
+
+
+def with_heads() -> Footprint:
+    """Two heads beside whole rows of another kind; head 1 is stronger at every token but the last."""
+    result = signed()
+    heads = []
+    for head, at_last in ((0, 9.0), (1, 1.0)):
+        rows = signed(kind="z").table
+        site = rows["site"].str.replace(".z", f".z[{head}]", regex=False)
+        value = np.where(rows["token"] == "last", at_last, head - rows["layer"])
+        heads.append(rows.assign(site=site, head=pd.array([head] * len(rows), dtype="Int64"), value=value))
+    table = pd.concat([result.table, *heads], ignore_index=True)
+    return Footprint(table=table, run=result.run, extras=result.extras)
+
+
+def test_without_a_corrupted_run_effects_are_drawn_in_their_own_unit() -> None:
+    figure = plots.heatmap(signed(), kind="mlp_out")
+    assert figure.data[0].z[0][0] == -3.0
+    assert figure.data[0].colorbar.title.text.replace("<br>", " ") == "logit of the answer"
+    assert figure.layout.xaxis.title.text == "layer (0-based)"
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_map_with_both_signs_has_0_in_the_middle(theme: drawing.Theme) -> None:
+    drawn = plots.heatmap(signed(), kind="mlp_out", theme=theme).data[0]
+    assert (drawn.zmin, drawn.zmax) == (-3.0, 3.0)
+    page = drawing.SCALES["green"][theme][0]
+    colors = [color for _, color in drawn.colorscale]
+    assert drawn.colorscale[len(colors) // 2] == (0.5, page)
+    assert colors[0] == drawing.SCALES["purple"][theme][-1]
+    assert colors[-1] == drawing.SCALES["green"][theme][-1]
+    assert colors.count(page) == 1
+    above = plots.heatmap(signed(lowest=0.5), kind="mlp_out", theme=theme).data[0]
+    assert (above.zmin, above.zmax) == (0, 2.0)
+    assert above.colorscale[0][1] == page
+
+
+def test_noise_below_a_corrupted_run_stays_at_the_end_of_the_scale() -> None:
+    result = footprint()
+    assert (result.table["value"] < 0).any()
+    assert plots.heatmap(result, kind="mlp_out", column="value").data[0].zmin == 0
+
+
+@pytest.mark.parametrize("hue", drawing.SCALES)
+def test_every_hue_has_another_one_below_0(hue: str) -> None:
+    assert drawing.OPPOSITES[drawing.OPPOSITES[hue]] == hue
+
+
+def test_single_heads_leave_maps_and_scales_of_whole_rows_alone() -> None:
+    result = with_heads()
+    assert drawing.mapped_kinds(result) == ["mlp_out"]
+    drawn = plots.heatmap(result, kind="mlp_out").data[0]
+    assert np.shape(drawn.z) == (9, 6)
+    assert plots.shared_range(result) == (drawn.zmin, drawn.zmax) == (-3.0, 3.0)
+    with pytest.raises(ResultError, match="single heads"):
+        plots.heatmap(result, kind="z")
+
+
+def test_heads_have_a_map_of_their_own() -> None:
+    figure = plots.heads(with_heads())
+    assert figure.layout.yaxis.ticktext == ("head 0", "head 1")
+    assert figure.data[0].z[0].tolist() == [9.0] * 6  # the largest token, here the last
+    assert figure.data[0].z[1].tolist() == [1.0] * 6
+    assert figure.data[1].customdata[0] == "L0.z[0]@8"
+    of_role = plots.heads(with_heads(), token="subject_last").data
+    assert of_role[0].z.tolist() == [[-layer for layer in range(6)], [1 - layer for layer in range(6)]]
+    assert (of_role[0].zmin, of_role[0].zmax) == (-5.0, 5.0)
+    assert of_role[1].customdata[-1] == "L5.z[1]@subject_last"
+    assert "0-based" in figure.layout.xaxis.title.text
+    with pytest.raises(ResultError, match="no single heads"):
+        plots.heads(footprint())
+
+
+def test_a_band_that_a_map_does_not_show_is_not_marked() -> None:
+    assert not plots.heatmap(footprint(), kind="mlp_out", planted=range(7, 9)).layout.shapes
+    assert not plots.heatmap(signed(kind="embed"), kind="embed", planted=range(2)).layout.shapes
+    (line,) = plots.heatmap(footprint(), kind="mlp_out", planted=range(4, 9)).layout.shapes
+    assert line.x1 < 6
+
+
+# --- methods side by side ---
+
+
+def methods(n: int, *, facts: int = 3) -> list[Footprint]:
+    """Made-up profiles of so many methods."""
+    rng = np.random.default_rng(1)
+    return [
+        join([of_values([list(rng.normal(size=6))], fact=f"fact-{i}", what=f"Method{way}") for i in range(facts)])
+        for way in range(n)
+    ]
+
+
+def named_lines(figure: go.Figure) -> dict[str, Any]:
+    return {trace.name: trace for trace in figure.data if trace.name}
+
+
+def test_a_comparison_draws_normalised_means_with_their_intervals() -> None:
+    ways = [several(), *methods(1)]
+    figure = plots.compare(ways, planted=range(2, 4))
+    profiles = layer_profiles(ways)
+    lines = named_lines(figure)
+    assert list(lines) == list(profiles["label"].unique())
+    for label, line in lines.items():
+        own = profiles[profiles["label"] == label].groupby("layer")["normalised"]
+        assert np.allclose(line.y, own.mean())
+        band = next(trace for trace in figure.data if trace.fill == "toself" and trace.legendgroup == label)
+        half = (np.array(band.y[:6]) - np.array(band.y[6:])[::-1]) / 2
+        assert np.allclose(half, 4.302653 * own.sem())  # Student's t, 2 degrees of freedom
+    shaded = figure.layout.shapes[0]
+    assert (shaded.x0, shaded.x1) == (1.5, 3.5)
+    assert "0-based" in figure.layout.xaxis.title.text
+    assert figure.layout.yaxis.title.text == "mean normalised effect"
+
+
+def test_a_comparison_of_one_fact_has_no_band() -> None:
+    figure = plots.compare(methods(2, facts=1))
+    assert not [trace for trace in figure.data if trace.fill]
+    assert figure.layout.yaxis.title.text == "normalised effect"
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_no_two_series_of_a_comparison_look_alike(theme: drawing.Theme) -> None:
+    table = pd.DataFrame(
+        [
+            {"method": f"Method{way}", "kind": kind, "label": f"Method{way} {kind}"}
+            for way in range(12)
+            for kind in ("mlp_out", "attn_out", "z", "resid_post")
+        ]
+    )
+    looks = [(colors[theme], dash) for colors, dash in drawing.series_styles(table).values()]
+    assert len(set(looks)) == len(looks) == 48
+    lines = named_lines(plots.compare(methods(12), theme=theme)).values()
+    assert len({(line.line.color, line.line.dash) for line in lines}) == 12
+
+
+def test_windows_are_named_on_the_axis_of_a_comparison() -> None:
+    one, wide = footprint(window=1, kinds=("mlp_out",)), footprint(window=3, kinds=("mlp_out",))
+    assert plots.compare([one]).layout.xaxis.title.text == "layer (0-based)"
+    assert plots.compare([one, wide]).layout.xaxis.title.text == "layer, or centre of a window (0-based)"
+
+
+def test_strips_are_the_same_numbers_a_row_each() -> None:
+    ways = methods(5)
+    strips, lines = plots.compare(ways, form="strips", planted=range(2, 4)), named_lines(plots.compare(ways))
+    assert strips.layout.yaxis.ticktext == tuple(lines)
+    assert np.allclose(strips.data[0].z, [line.y for line in lines.values()])
+    assert strips.data[0].zmin == -strips.data[0].zmax
+    assert len(strips.layout.shapes) == 1
+
+
+# --- agreement ---
+
+
+def test_agreement_is_a_symmetric_matrix_without_a_diagonal() -> None:
+    result = agreement(methods(4))
+    drawn = plots.agreement(result).data[0]
+    assert np.isnan(np.diag(drawn.z)).all()
+    assert np.array_equal(drawn.z, drawn.z.T, equal_nan=True)
+    row = result.table[result.table["measure"] == "spearman"].iloc[0]
+    assert drawn.z[0][1] == row["value"]
+    assert (drawn.zmin, drawn.zmax) == (-1, 1)
+    assert f"adjusted {row['p_adjusted']:.3f}" in drawn.customdata[0][1]
+
+
+def test_a_star_marks_what_chance_does_not_explain() -> None:
+    result = agreement(methods(3))
+    table = result.table.assign(p_adjusted=[0.049, 0.05, np.nan] * 4)
+    texts = plots.agreement(Result(table=table, run=result.run)).data[0].text
+    assert texts[0][1].endswith("*")
+    assert texts[1][0].endswith("*")
+    assert not any("*" in text for text in (texts[0][2], texts[1][2]))
+
+
+def test_near_methods_are_dark_whatever_is_measured() -> None:
+    result = agreement(methods(3))
+    distance = plots.agreement(result, measure="distance").data[0]
+    assert distance.reversescale
+    assert distance.zmin == 0
+    assert not plots.agreement(result, measure="overlap").data[0].reversescale
+    with pytest.raises(ResultError, match="no measure 'pearson'"):
+        plots.agreement(result, measure="pearson")
+    with pytest.raises(ResultError, match="no agreement"):
+        plots.agreement(average())
 
 
 # --- bars and samples ---

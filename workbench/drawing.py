@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,6 +169,11 @@ class Panel:
     effects: bool = False
     """Whether effects are drawn, so that 0 is the middle of a scale that has both signs."""
 
+    def marked(self, planted: range | None) -> range | None:
+        """The part of the planted band that the map shows; None where it shows none, as the embedding, which has no layer."""
+        layers = [int(layer) for layer in self.values.columns if layer in (planted or ())]
+        return range(layers[0], layers[-1] + 1) if layers and self.kind != "embed" else None
+
     def on(self, vmin: float | None, vmax: float | None) -> Panel:
         """The same map on another scale; one of effects with both signs reaches as far below 0 as above."""
         low, high = self.low if vmin is None else vmin, self.high if vmax is None else vmax
@@ -200,6 +206,11 @@ def token_label(text: str) -> str:
 def shortened(text: str, length: int) -> str:
     """The text, or its beginning and an ellipsis where it is longer."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def wrapped(text: str, length: int) -> list[str]:
+    """The text in lines of about so many letters."""
+    return textwrap.wrap(text, max(10, length), break_long_words=False) or [""]
 
 
 def score_name(result: Result, *, fact: str | None = None, column: str = "score") -> str:
@@ -453,7 +464,10 @@ def curves(result: Result, *, kind: str, roles: Sequence[Role] = ()) -> pd.DataF
         rows = _average_rows(result, kind)
         found = [rows[rows["token"] == role].assign(role=role) for role in roles_of(roles, set(rows["token"]))]
     if not found:
-        raise ResultError(f"No token has one of the roles {', '.join(roles)}. Name roles that the prompts have.")
+        raise ResultError(
+            f"No token of {kind} has one of the roles {', '.join(roles or TOKEN_ROLES)}. Name roles that the prompts have, "
+            "or draw what belongs to no token with compare()."
+        )
     table: pd.DataFrame = pd.concat(found, ignore_index=True)[["role", "layer", "value", "low", "high", "n"]]
     return table
 

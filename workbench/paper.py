@@ -378,6 +378,7 @@ def _settle(figure: PaperFigure) -> None:
 
 def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: range | None) -> None:
     values, layers = panel.values.to_numpy(), [int(layer) for layer in panel.values.columns]
+    planted = panel.marked(planted)
     colors = LinearSegmentedColormap.from_list(panel.kind, panel.colors("light"))
     mesh = ax.pcolormesh(
         _edges(layers), range(len(values) + 1), values, cmap=colors.reversed() if panel.reverse else colors,
@@ -466,7 +467,9 @@ def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, panel: Panel) -> None:
         _write(bar.ax.title, panel.score, size=6.5)
     else:
         bar.ax.yaxis.labelpad = 2
-        _write(bar.ax.yaxis.label, panel.score, size=6.5)
+        tall = ax.get_position().height * figure.get_figheight()
+        bar.ax.yaxis.label.set_linespacing(0.9)
+        _write(bar.ax.yaxis.label, "\n".join(drawing.wrapped(panel.score, int(18 * tall))), size=6.5)
 
 
 def _edges(centres: Sequence[int]) -> list[float]:
@@ -501,7 +504,7 @@ def _with_fonts(words: str) -> tuple[tuple[str, ...], str]:
     """Families beyond `FONTS` that the words need, and the words with a box for each letter that no installed font has."""
     others: list[str] = []
     missing: list[str] = []
-    for letter in dict.fromkeys(words):
+    for letter in dict.fromkeys(words.replace("\n", "")):
         family = _family_with(letter)
         if family is None:
             missing.append(letter)

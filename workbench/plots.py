@@ -401,10 +401,11 @@ def _map(panel: Panel, *, theme: Theme, planted: range | None, title: bool) -> g
     """A map with its invisible, clickable markers."""
     ink, values = _INK[theme], panel.values
     n_rows, layers = len(values), [int(layer) for layer in values.columns]
+    planted = panel.marked(planted)
     row = _row_height(n_rows)
     few = 7 if max(map(len, panel.labels)) > 14 else 13  # long labels leave less room for the layers' numbers
-    bar_title = _safe(panel.score)
     short = len(panel.score) <= 14
+    bar_title = "<br>".join(map(_safe, [panel.score] if short else drawing.wrapped(panel.score, row * n_rows // 7)))
     figure = go.Figure(
         go.Heatmap(
             z=values.to_numpy(), x=layers, y=list(range(n_rows)), zmin=panel.low, zmax=panel.high,
