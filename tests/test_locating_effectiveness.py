@@ -119,7 +119,7 @@ def test_the_area_under_the_curve_counts_pairs() -> None:
 def test_a_peak_against_layers_2_and_3_of_6_with_owner_2(values: Sequence[float], expected: dict[str, float]) -> None:
     inside = np.array([False, False, True, True, False, False])
     found = against_band(np.array(values, dtype=float), inside, owner=2)
-    assert {name: found[name] for name in found if name != "auc"} == expected  # type: ignore[comparison-overlap]
+    assert {name: found[name] for name in found if name != "auc"} == expected
     assert "owner_hit" not in against_band(np.array(values, dtype=float), inside)
 
 
