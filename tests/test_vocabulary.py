@@ -144,6 +144,15 @@ def test_a_stopped_build_leaves_no_index_and_goes_on_after_its_last_layer(gpt2: 
     assert not list(index.folder.glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["index.json", "neurons.npy", "values.npy"])
+def test_an_index_of_which_a_file_is_broken_is_none_and_built_again(gpt2: LM, tmp_path: Path, name: str) -> None:
+    index, whole = (build_index(gpt2, folder=tmp_path / name) for name in ("one", "other"))
+    broken = index.folder / name
+    broken.write_bytes(broken.read_bytes()[:7])
+    assert find_index(gpt2, folder=tmp_path / "one") is None
+    assert_equal(build_index(gpt2, folder=tmp_path / "one"), whole)
+
+
 def test_an_index_belongs_to_its_weights_and_settings(gpt2: LM, tmp_path: Path) -> None:
     index = build_index(gpt2, folder=tmp_path, neurons=3)
     assert index.run["weight_hash"] == gpt2.weight_hash
