@@ -36,6 +36,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.directions",
         "workbench.drawing",
         "workbench.export",
+        "workbench.figures_circuit",
         "workbench.figures_neurons",
         "workbench.gradients",
         "workbench.hooks",

@@ -51,7 +51,7 @@ ROWS_AT_ONCE = 32
 """Patched runs in one batch."""
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
+@dataclass(frozen=True, kw_only=True)
 class Node:
     """What writes into the residual stream."""
 
@@ -81,7 +81,7 @@ class Place:
     """What reads there."""
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
+@dataclass(frozen=True, kw_only=True)
 class Edge:
     """From a node to an input above it."""
 
