@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ NEURONS = {(3, 17): 0.9, (0, 2): 0.3, (3, 16): 0.895, (3, 18): 0.897, (1, 5): -0
 
 def attributed(fact: str = "eiffel", answer: str = "Paris") -> Footprint:
     """Contributions of four layers and of five of their neurons."""
-    places = [(layer, pd.NA, value) for layer, value in enumerate(LAYERS)]
+    places: list[tuple[int, Any, float]] = [(layer, pd.NA, value) for layer, value in enumerate(LAYERS)]
     places += [(layer, neuron, value) for (layer, neuron), value in NEURONS.items()]
     rows = [
         {
@@ -99,9 +100,9 @@ def test_one_fact_is_drawn() -> None:
 def test_paper_draws_the_same_numbers_and_names_the_strongest_on_either_side_of_their_dots() -> None:
     figure = paper_contributions(attributed(), planted=range(1, 3))
     (ax,) = figure.axes
-    bars = [patch for patch in ax.patches if patch.get_label().startswith("_") and patch.get_width() == 0.72]
+    bars: Any = [patch for patch in ax.patches if getattr(patch, "get_width", float)() == 0.72]
     assert [bar.get_height() for bar in bars] == list(LAYERS)
-    dots = next(line for line in ax.get_lines() if line.get_marker() == "o")
+    dots: Any = next(line for line in ax.get_lines() if line.get_marker() == "o")
     assert list(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == [
         (layer, value) for (layer, _), value in NEURONS.items()
     ]
@@ -152,6 +153,7 @@ def test_paper_tokens_draws_each_reading() -> None:
     figure = paper_tokens({"normed": in_words(), "plain": in_words((" Oslo",))}, run={}, answer="Oslo")
     assert [ax.get_title() for ax in figure.axes] == ["normed", "plain"]
     left, right = figure.axes
-    assert [bar.get_width() for bar in left.patches] == [1.0, 1 / 2, 1 / 3, -1.0, -1 / 2, -1 / 3]
+    bars: Any = left.patches
+    assert [bar.get_width() for bar in bars] == [1.0, 1 / 2, 1 / 3, -1.0, -1 / 2, -1 / 3]
     assert [text.get_text() for text in right.texts] == ["Oslo +1.000", "Oslo −1.000"]
     assert {text.get_fontweight() for text in right.texts} == {"bold"}

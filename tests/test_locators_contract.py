@@ -25,9 +25,20 @@ from workbench.store import Store
 
 LOCATORS = all_locators()
 
-SMALL: dict[str, Any] = {"samples": 2, "window": 3, "steps": 3, "corrupt": "noise"}
-"""Set where a locator has such a parameter, so that it is quick."""
-SMALL["substitutes"] = ("Tower Eiffel", "Steve Jabs", "rich", "Züricz", "Zrüich")  # one as long as each subject, whatever the tokenizer
+SMALL: dict[str, Any] = {
+    "samples": 2,
+    "window": 3,
+    "steps": 3,
+    "corrupt": "noise",
+    "substitutes": (
+        "Tower Eiffel",
+        "Steve Jabs",
+        "rich",
+        "Züricz",
+        "Zrüich",
+    ),  # as long as a subject, whatever the tokenizer
+}
+"""Set where a locator has such a parameter, so that it is quick and fits the facts."""
 
 
 def small(name: str) -> Locator:

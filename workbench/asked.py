@@ -66,7 +66,7 @@ class Asked:
         return locator_named(self.method).fitted(lm, **self.options).resolved(lm, self.reference())
 
     def reference(self) -> Sequence[Fact]:
-        """The facts that set a noise's scale and give substitutes: all of a bundled model's, as ROME does over its set; else this one.
+        """The facts that set a noise's scale and give substitutes: a bundled model's, as ROME takes its whole set; else this one.
 
         So the map of a fact does not depend on which others were looked at.
         """

@@ -148,5 +148,5 @@ def window(centre: int, width: int, n_layers: int, *, rule: Literal["rome", "pap
 
 
 def default_window(n_layers: int, published: int = 10) -> int:
-    """A paper's window (ROME's: 10) for models of 24 layers and more; at most 3 for smaller ones, where 10 would cover most of them."""
+    """A paper's window (ROME's: 10) for models of 24 layers and more; at most 3 for smaller ones, which 10 would mostly cover."""
     return published if n_layers >= 24 else min(published, 3)
