@@ -51,13 +51,14 @@ def attributed(fact: str = "eiffel", answer: str = "Paris") -> Footprint:
 def in_words(texts: tuple[str, ...] = (" Paris", " Rome", "\n")) -> pd.DataFrame:
     """Some promoted and as many suppressed tokens."""
     sides = [("promoted", 1.0), ("suppressed", -1.0)]
-    return pd.DataFrame(
+    table: pd.DataFrame = pd.DataFrame(
         [
             {"direction": direction, "rank": rank, "text": text, "value": sign / (1 + rank)}
             for direction, sign in sides
             for rank, text in enumerate(texts)
         ]
     )
+    return table
 
 
 @pytest.mark.parametrize("theme", THEMES)
