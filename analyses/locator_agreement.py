@@ -154,7 +154,7 @@ def agreement(
         rows[column] = rows[column].map(dict(enumerate(labels)))
     each["fact"] = each["fact"].map(dict(enumerate(facts)))
     run = comparison_manifest(
-        "locator_agreement", footprints, kinds=kinds, token=token, k=k, permutations=permutations, seed=seed
+        "locator_agreement", footprints, kinds=kinds, role=token, k=k, permutations=permutations, seed=seed
     )
     tests = {
         name: {"permutations": len(shuffled), "all": are_all}

@@ -18,16 +18,35 @@ import pandas as pd
 import pytest
 from matplotlib.collections import QuadMesh
 
-from tests.footprints import ODD, average, footprint, several
+from analyses.locator_agreement import agreement
+from tests.footprints import ODD, average, footprint, of_values, several
 from workbench import drawing, export, paper, plots
 from workbench.errors import InputError
-from workbench.results import ResultError
+from workbench.results import Footprint, ResultError, join
+
+
+def methods(n: int = 3) -> list[Footprint]:
+    """Made-up profiles of so many methods."""
+    rng = np.random.default_rng(1)
+    return [
+        join([of_values([list(rng.normal(size=6))], fact=f"fact-{i}", what=f"Method{way}") for i in range(3)])
+        for way in range(n)
+    ]
+
+
+def heads() -> Footprint:
+    """Three heads in two layers, with both signs."""
+    return of_values([[0.5, -1.0], [0.25, 2.0], [0.0, -3.0]], kind="z", part="head")
+
 
 FIGURES = {
     "heatmap": lambda: paper.heatmap(footprint(), planted=range(2, 4)),
     "one map": lambda: paper.heatmap(footprint(), kind="mlp_out"),
     "average": lambda: paper.average(average()),
     "profile": lambda: paper.profile(several(), planted=range(2, 4)),
+    "comparison": lambda: paper.compare(methods(), planted=range(2, 4)),
+    "strips": lambda: paper.compare(methods(), form="strips", planted=range(2, 4)),
+    "heads": lambda: paper.heads(heads()),
     "odd": lambda: paper.heatmap(footprint(ODD, subject=(5, 6), answer="$a$ <b>"), kind="mlp_out"),
 }
 
@@ -209,6 +228,80 @@ def test_what_cannot_be_drawn_is_said() -> None:
         export.figure_bytes(FIGURES["one map"](), "html")
     with pytest.raises(InputError, match=r"workbench\.paper for pdf"):
         export.figure_bytes(plots.heatmap(footprint(), kind="mlp_out"), "pdf")
+
+
+# --- several methods ---
+
+
+def test_a_comparison_on_paper_is_that_on_the_screen() -> None:
+    ways = methods(5)
+    on_screen = {line.name: line for line in plots.compare(ways).data if line.name}
+    figure = paper.compare(ways)
+    drawn = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    for line, other in zip(drawn, on_screen.values(), strict=True):
+        assert np.array_equal(np.asarray(line.get_ydata()), np.asarray(other.y))
+        assert line.get_color() == other.line.color
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(on_screen)
+    (mesh,) = meshes(paper.compare(ways, form="strips"))
+    assert np.array_equal(np.asarray(mesh.get_array()).reshape(5, 6), plots.compare(ways, form="strips").data[0].z)
+
+
+def test_a_comparison_carries_the_protocol_of_every_method() -> None:
+    ways = methods(2)
+    run = paper.compare(ways, token="last").run
+    assert [method["method"] for method in run["methods"]] == ["Method0", "Method1"]
+    text = export.protocol_of(run)
+    assert "Comparison of tiny (weights 0123456789abcdef, float32, sdpa), 3 facts." in text
+    assert "Of Method0, Method1; role last" in text
+    assert all(way.key in text for way in ways)
+
+
+def test_heads_and_signs_on_paper_are_those_on_the_screen() -> None:
+    (mesh,) = meshes(paper.heads(heads()))
+    on_screen = plots.heads(heads()).data[0]
+    assert np.array_equal(np.asarray(mesh.get_array()).reshape(3, 2), on_screen.z)
+    assert mesh.get_clim() == (on_screen.zmin, on_screen.zmax) == (-3, 3)
+    assert mesh.cmap is not None
+    middle = mesh.cmap(0.5)[:3]
+    assert np.allclose(middle, 1, atol=0.01)
+
+
+def test_without_a_kind_all_maps_are_drawn_and_nothing_else() -> None:
+    both = join([footprint(kinds=("mlp_out",)), heads()])
+    assert len(meshes(paper.heatmap(both))) == 1
+    with pytest.raises(ResultError, match="No kind of this footprint has a map"):
+        paper.heatmap(heads())
+
+
+@pytest.mark.parametrize("n", [2, 9])
+@pytest.mark.parametrize("measure", ["spearman", "distance"])
+def test_agreement_on_paper_is_that_on_the_screen(n: int, measure: str) -> None:
+    result = agreement(methods(n))
+    figure = paper.agreement(result, measure=measure)
+    (mesh,) = meshes(figure)
+    on_screen = plots.agreement(result, measure=measure).data[0]
+    drawn = np.ma.filled(np.ma.masked_invalid(np.asarray(mesh.get_array(), dtype=float)), np.nan).reshape(n, n)
+    assert np.array_equal(drawn, on_screen.z, equal_nan=True)
+    assert [text.get_text() for text in figure.axes[0].texts] == [text for row in on_screen.text for text in row]
+    content = pdf_content(export.figure_bytes(figure, "pdf"))
+    assert not re.search(rb"/Subtype\s*/Image|\bBI\b.*?\bID\b.*?\bEI\b", content)
+    assert b"Locator_agreement of tiny" in content
+
+
+def test_labels_are_not_cut_and_a_long_unit_is_folded() -> None:
+    result = footprint(kinds=("mlp_out",), texts=[f" a{i} long token" for i in range(4)], subject=(0, 1))
+    run = {**result.run, "unit": "direct contribution to the centred logit of the answer"}
+    facts = result.extras["facts"].drop(columns="corrupted")
+    figure = paper.heatmap(type(result)(table=result.table, run=run, extras={"facts": facts}), kind="mlp_out")
+    export.figure_bytes(figure, "png")
+    left, right = 0.0, figure.get_figwidth() * figure.dpi
+    bar = next(ax for ax in figure.axes if ax.get_label() == "<colorbar>")
+    assert "\n" in bar.get_ylabel()
+    for text in [*figure.axes[0].get_yticklabels(), bar.yaxis.label]:
+        box = text.get_window_extent()
+        assert left <= box.x0
+        assert box.x1 <= right
+    assert bar.yaxis.label.get_window_extent().height < figure.get_figheight() * figure.dpi
 
 
 # --- tables ---

@@ -247,7 +247,7 @@ def compare(
     Raises:
         ResultError: nothing to compare, other weights, no fact or no such kind in common, or one series twice.
     """
-    run = profiles.comparison_manifest("Comparison", footprints, kinds=kinds, token=token)
+    run = profiles.comparison_manifest("Comparison", footprints, kinds=kinds, role=token)
     if form == "strips":
         panel = drawing.comparison_panel(footprints, kinds=kinds, token=token)
         return _maps([panel], run=run, title=panel.title, planted=planted, size=size)
