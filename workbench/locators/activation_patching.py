@@ -146,8 +146,8 @@ class ActivationPatching(Locator):
             steps=len(answer.ids) if whole else 1,
             score=Score(kind=self.score, answer=answer),
         )
-        total = self._scored(lm, problem, tokens) - self._scored(lm, problem, other)
-        require_effect(total, score=self.score, between=f"{fact.text!r} and {''.join(other.texts[0])!r}")
+        ends = (self._scored(lm, problem, prompt) for prompt in (tokens, other))
+        require_effect(*ends, score=self.score, between=f"{fact.text!r} and {''.join(other.texts[0])!r}")
         return Experiment(
             fact=fact,
             problem=problem,

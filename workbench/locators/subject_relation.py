@@ -64,7 +64,7 @@ class SubjectRelation(Tracing):
                     for x in (run(lm, problem.clean), problem.corrupted_run(lm))
                 )
                 between = f"{one.fact.text!r} as it is and with its {what} corrupted"
-                require_effect(float(clean - low), score=self.score, between=between)
+                require_effect(float(clean), float(low), score=self.score, between=between)
         cells = [one.cells for one in experiments]
         found = restore(lm, [*problems, *others], [*cells, *cells], memory=memory)
         return [

@@ -28,7 +28,7 @@ MOST_SAMPLES = 10_000
 """More noise samples than anybody needs; a slip of the keyboard should not fill the memory."""
 
 SMALLEST_EFFECT = 1e-4
-"""A difference of two runs below this, in the score's unit, is too small to take shares of."""
+"""Shares are taken of differences that are at least this part of the larger score; below it they would be rounding noise."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -295,12 +295,12 @@ class Tracing(Locator):
         return table, samples.dropna(subset="score", ignore_index=True)
 
 
-def require_effect(total: float, *, score: ScoreKind, between: str) -> None:
-    """Raises FactError where two runs differ too little to take shares of their difference."""
-    if not abs(total) >= SMALLEST_EFFECT:
+def require_effect(clean: float, corrupted: float, *, score: ScoreKind, between: str) -> None:
+    """Raises FactError where the scores of two runs differ too little to take shares of their difference."""
+    if not abs(clean - corrupted) > SMALLEST_EFFECT * max(abs(clean), abs(corrupted)):
         raise FactError(
-            f"{between} differ by {total:.1e} in {score}, expected at least {SMALLEST_EFFECT:.0e}: there is no effect to take "
-            "shares of. Take another corruption, or a fact that the model knows."
+            f"{between} differ by {clean - corrupted:.1e} in {score}, from {clean:.3g}: there is no effect to take shares of. "
+            "Take another corruption, or a fact that the model knows."
         )
 
 
