@@ -353,9 +353,11 @@ def injection_markdown(result: Result) -> str:
 
 
 def _cell(row: pd.Series[Any]) -> str:
-    """A mean and its interval, where there is one that has a width."""
-    interval_there = row["low"] < row["high"]
-    return f"{row['value']:.2f}" + (f" [{row['low']:.2f}, {row['high']:.2f}]" if interval_there else "")
+    """A mean, and its interval where that has a width at two digits; empty where there is no mean."""
+    value, low, high = (f"{row[name]:.2f}" for name in ("value", "low", "high"))
+    if value == "nan":
+        return ""
+    return value if low == high else f"{value} [{low}, {high}]"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
