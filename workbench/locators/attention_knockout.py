@@ -36,7 +36,7 @@ from workbench.sites import window
 from workbench.sweep import sweepable
 from workbench.sweep.engine import POSITIONS_AT_ONCE
 from workbench.sweep.lanes import Run
-from workbench.sweep.whole import _Cache, _call
+from workbench.sweep.whole import Cache, block_call
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 """By how much the answer's log-probability may differ from the model's own where nothing is blocked; 0.2 in half precision."""
@@ -170,13 +170,13 @@ def _through(
             f"The last token of {''.join(clean.problem.clean.texts[0])!r} sees nothing in layer {layer} but what is blocked. "
             "Use a longer prompt."
         )
-    noted = _Cache()
-    run_block(lm, layer, _call(clean, layer, clean.clean_state(layer)[None], 0, noted))
+    noted = Cache()
+    run_block(lm, layer, block_call(clean, layer, clean.clean_state(layer)[None], 0, noted))
     above = []
     for some, hidden in zip(
         *(x.split(max(1, POSITIONS_AT_ONCE // clean.length)) for x in (blocked, states)), strict=True
     ):
-        call = _call(clean, layer, hidden[:, None], last, _Cache(noted.before(last, len(hidden))))
+        call = block_call(clean, layer, hidden[:, None], last, Cache(noted.before(last, len(hidden))))
         mask = call["attention_mask"]
         hide = rearrange(some, "row pos -> row 1 1 pos").to(mask.device)
         call["attention_mask"] = mask.masked_fill(hide, torch.finfo(mask.dtype).min)

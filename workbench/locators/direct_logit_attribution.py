@@ -32,7 +32,7 @@ from workbench.facts import Fact
 from workbench.hooks import run
 from workbench.locators.base import Locator
 from workbench.locators.tables import fact_row, site_rows
-from workbench.locators.tracing import _with_foil, find_answer
+from workbench.locators.tracing import find_answer, with_foil
 from workbench.models import LM
 from workbench.results import Footprint
 from workbench.sites import Site, SiteKind
@@ -71,7 +71,7 @@ class DirectLogitAttribution(Locator):
         logits, last = clean.last_logits[0], tokens.lengths[0] - 1
         answer = find_answer(lm, fact, clean)
         if self.score == "logit_diff":
-            answer = _with_foil(lm, fact, answer, logits)
+            answer = with_foil(lm, fact, answer, logits)
         ids = [answer.ids[0], *([answer.foil_id] if answer.foil_id is not None else [])]
 
         state = clean[top][:, last]

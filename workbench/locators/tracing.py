@@ -223,7 +223,7 @@ class Tracing(Locator):
             corrupted = next(counterparts(lm, fact, tokens, targets=whole, substitutes=self.substitutes))
             foil_logits = run(lm, corrupted).logits[0, corrupted.last[0]]
         if self.score == "logit_diff":
-            answer = _with_foil(lm, fact, answer, foil_logits)
+            answer = with_foil(lm, fact, answer, foil_logits)
         problem = Restoration(
             clean=tokens,
             corrupted=corrupted,
@@ -312,7 +312,7 @@ def find_answer(lm: LM, fact: Fact, clean: Activations) -> Answer:
     return Answer(text=lm.word(top).strip(), ids=(top,))
 
 
-def _with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answer:
+def with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answer:
     """The answer with what it is compared to: the fact's target_new, or the best other token of `logits`."""
     if fact.target_new:
         return replace(answer, foil_id=lm.target_ids(fact.text, fact.target_new)[0], foil_text=fact.target_new)

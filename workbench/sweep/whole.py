@@ -23,18 +23,20 @@ class Whole(Engine):
 
     def __init__(self, lm: LM, runs: Sequence[Run]) -> None:
         super().__init__(lm, runs)
-        self.clean: dict[Run, _Cache] = {}
-        self.corrupted: dict[Run, _Cache] = {}
+        self.clean: dict[Run, Cache] = {}
+        self.corrupted: dict[Run, Cache] = {}
         self.held: dict[Run, Tensor] = {}
 
     def enter(self, layer: int) -> None:
         for run in self.runs:
-            clean, corrupted = _Cache(), _Cache()
-            run_block(self.lm, layer, _call(run, layer, run.clean_state(layer)[None], 0, clean))
+            clean, corrupted = Cache(), Cache()
+            run_block(self.lm, layer, block_call(run, layer, run.clean_state(layer)[None], 0, clean))
             if run.start:
                 corrupted.prefix = clean.before(run.start, run.samples)
             sever: tuple[SiteKind, ...] = (run.problem.sever,) if run.problem.sever else ()
-            run.above, read = run_block(self.lm, layer, _call(run, layer, run.hidden, run.start, corrupted), read=sever)
+            run.above, read = run_block(
+                self.lm, layer, block_call(run, layer, run.hidden, run.start, corrupted), read=sever
+            )
             self.clean[run], self.corrupted[run] = clean, corrupted
             if run.problem.sever:
                 self.held[run] = read[run.problem.sever]
@@ -44,12 +46,12 @@ class Whole(Engine):
         for (group, output), alike in groupby(lanes, key=lambda lane: (lane.group, lane.output)):
             run, position = group.run, group.position
             for some in chunks(list(alike)):
-                cache = _Cache(self.corrupted[run].before(position, len(some)))
+                cache = Cache(self.corrupted[run].before(position, len(some)))
                 hidden = run.hidden[:, [position - run.length]].repeat(len(some), 1, 1)
                 put = [lane.put(layer).expand(run.samples, -1) for lane in some]
                 writes = self._held(run, position, len(some))
                 writes[output] = _put(torch.cat(put), slice(None))
-                above, _ = run_block(self.lm, layer, _call(run, layer, hidden, position, cache), write=writes)
+                above, _ = run_block(self.lm, layer, block_call(run, layer, hidden, position, cache), write=writes)
                 found.update(zip(some, above[:, 0].split(run.samples), strict=True))
         return found
 
@@ -65,14 +67,14 @@ class Whole(Engine):
         group = lanes[0].group
         run, n = group.run, group.run.samples
         before = (self.clean if group.clean_prefix else self.corrupted)[run]
-        cache = _Cache(before.before(group.first, len(lanes) if before.rows == n else len(lanes) * n))
+        cache = Cache(before.before(group.first, len(lanes) if before.rows == n else len(lanes) * n))
         hidden = torch.cat([lane.state for lane in lanes])
         writes = {} if group.clean_prefix else self._held(run, group.position, len(lanes))
         inside = [i for i, lane in enumerate(lanes) if lane.inside(layer)]
         for kind in {lanes[i].output for i in inside}:
             rows = torch.cat([torch.arange(i * n, (i + 1) * n) for i in inside if lanes[i].kind == kind])
             writes[kind] = _put(run.put(Site(layer=layer, kind=kind), group.position), rows.to(hidden.device))
-        above, _ = run_block(self.lm, layer, _call(run, layer, hidden, group.first, cache), write=writes)
+        above, _ = run_block(self.lm, layer, block_call(run, layer, hidden, group.first, cache), write=writes)
         for lane, state in zip(lanes, above.split(n), strict=True):
             lane.keep(state)
 
@@ -84,7 +86,7 @@ class Whole(Engine):
         return {run.problem.sever: _put(value, slice(None))}
 
 
-class _Cache:
+class Cache:
     """Stands in for a key-value cache: puts keys and values (row, head, pos, d_head) in front of a block's own, notes both."""
 
     def __init__(self, prefix: tuple[Tensor, Tensor] | None = None) -> None:
@@ -113,7 +115,7 @@ class _Cache:
         return 0 if self.prefix is None else self.prefix[0].shape[2]
 
 
-def _call(run: Run, layer: int, hidden: Tensor, first: int, cache: _Cache) -> dict[str, Any]:
+def block_call(run: Run, layer: int, hidden: Tensor, first: int, cache: Cache) -> dict[str, Any]:
     """The block's own arguments, cut to the positions of `hidden` (row, pos, d_model), which begin at `first`."""
     rows, length, _ = hidden.shape
     whole = first + length
