@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench.asked import Asked
     from workbench.models import LM
 
-SHOWN_AGAINST = 0.05
+SHOWN_AGAINST = 0.1
 """What works against the answer gets colours of its own where it reaches this part of the largest effect."""
 
 

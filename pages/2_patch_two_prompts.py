@@ -40,12 +40,12 @@ DIRECTIONS = {
 
 def option_fields() -> tuple[FormField, ...]:
     """The form of the method's hyperparameters."""
-    return parts.method_fields(METHOD, OPTIONS)
+    return parts.method_fields(METHOD, OPTIONS, tuple(PLACEHOLDERS))
 
 
 def choose_other(choice: ModelChoice, fact: Fact) -> dict[str, Any]:
     """The counterfactual subject, as the method's option."""
-    model = parts.workshop().model(choice)
+    model = parts.model_of(choice)
     proposed = proposals_cached(model.result, fact, choice.name, fact.text) if model.status.state == "done" else ()
     chosen = st.session_state.get("substitutes") or st.query_params.get("substitutes")
     if not chosen:
@@ -97,24 +97,19 @@ def show_pair(pair: Pair | None, found: parts.Found) -> None:
 
 def show_tokens(pair: Pair) -> None:
     """Both prompts below each other, token by token; where they differ, both are marked."""
-    rows = (("clean", pair.clean_tokens), ("counterfactual", pair.other_tokens))
-    differs = [a != b for a, b in zip(pair.clean_tokens, pair.other_tokens, strict=True)]
-    lines = [
-        f"<tr><th>{name}</th>"
-        + "".join(
-            f"<td{' class=differs' if here else ''}>{html.escape(drawing.token_label(token))}</td>"
-            for token, here in zip(tokens, differs, strict=True)
-        )
-        + "</tr>"
-        for name, tokens in rows
+    cells = [
+        f"<div{' class=differs' if clean != other else ''}>"
+        + "".join(f"<span>{html.escape(drawing.token_label(token))}</span>" for token in (clean, other))
+        + "</div>"
+        for clean, other in zip(pair.clean_tokens, pair.other_tokens, strict=True)
     ]
     st.html(
-        "<style>.two-prompts {overflow-x: auto} .two-prompts table {border-collapse: separate; border-spacing: 3px 4px}"
-        ".two-prompts th {font-weight: 400; opacity: .7; text-align: left; padding-right: .8rem; font-size: .875rem}"
-        ".two-prompts td {text-align: center; padding: 2px 7px; border-radius: 4px; white-space: nowrap;"
-        " background: rgba(128, 140, 150, .13)}"
-        ".two-prompts td.differs {background: rgba(58, 149, 228, .28); font-weight: 600}</style>"
-        f"<div class='two-prompts'><table>{''.join(lines)}</table></div>"
+        "<style>.two-prompts {display: flex; flex-wrap: wrap; gap: 8px 3px} .two-prompts div {display: grid; gap: 3px}"
+        ".two-prompts span {text-align: center; padding: 1px 7px; border-radius: 4px; background: rgba(128, 140, 150, .13)}"
+        ".two-prompts .differs span {background: rgba(58, 149, 228, .28); font-weight: 600}"
+        ".two-prompts .names span {text-align: left; padding: 1px 8px 1px 0; background: none; opacity: .7}</style>"
+        "<div class='two-prompts'><div class=names><span>clean</span><span>counterfactual</span></div>"
+        f"{''.join(cells)}</div>"
     )
 
 
@@ -197,10 +192,10 @@ def show_neurons(asked: Asked, footprint: Footprint) -> None:
             on_select=lambda: pick_neuron(key, list(rows["site"])),
             selection_mode="single-row",
             column_config={
-                "layer": "Layer (0-based)",
-                "neuron": "Neuron (0-based)",
-                "text": "Token",
-                "value": st.column_config.NumberColumn("Share", format="%.3f"),
+                "layer": st.column_config.NumberColumn("Layer", width=60, help="0-based"),
+                "neuron": st.column_config.NumberColumn("Neuron", width=70, help="0-based"),
+                "text": st.column_config.TextColumn("Token", width=80),
+                "value": st.column_config.NumberColumn("Share", width=70, format="%.3f"),
             },
         )
 

@@ -141,6 +141,13 @@ def _fact_label(fact: Fact) -> str:
     return f"{fact.subject}, {fact.relation.replace('_', ' ')}"
 
 
+def store_version() -> list[tuple[str, int]]:
+    """What changes when a result is added to the store."""
+    here = store()
+    folders = [folder for folder in (here.folder, here.bundled) if folder is not None and folder.is_dir()]
+    return [(str(folder), folder.stat().st_mtime_ns) for folder in folders]
+
+
 @st.cache_data(show_spinner=False, max_entries=4)
 def _listed(folders: Sequence[tuple[str, int]]) -> list[Listed]:
     """`list_asked`, read again when a folder has changed."""
@@ -149,9 +156,7 @@ def _listed(folders: Sequence[tuple[str, int]]) -> list[Listed]:
 
 def earlier(method: str = "") -> list[Listed]:
     """What was asked before, the newest first: of one method, or of all."""
-    here = store()
-    folders = [folder for folder in (here.folder, here.bundled) if folder is not None and folder.is_dir()]
-    listed = _listed([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    listed = _listed(store_version())
     return [one for one in listed if method in ("", one.asked.method)]
 
 
@@ -346,7 +351,7 @@ def ask(
         with buttons.popover(earlier_title, icon=":material/history:"):
             show_earlier(method, "None yet. Everything that was computed is kept and can be opened here again.")
         if options:
-            st.caption("Changed: " + plain(", ".join(f"{name} {value}" for name, value in options.items())))
+            st.caption("Changed: " + plain(option_words(options)))
     with right:
         try:
             fact = choose_fact(choice.name)
@@ -386,12 +391,21 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
         method: whose page it is; None for the comparison, which is the page of all methods without one.
         fields: the options the page has widgets for; those not in the question get their defaults.
     """
+    st.session_state["noted"] = {}
+    _note(workshop().jobs())
+    here = PAGES.get(method or "", COMPARISON)
+    came_from, st.session_state["page"] = st.session_state.get("page", here), here
+    if came_from != here:  # model and fact go along; options of the same name do not
+        st.session_state.update({"site": None, **{field.name: _as_typed(field, field.default) for field in fields}})
+        _tidy("site", *(field.name for field in fields))
     asked: Asked | None = st.session_state.get("going_to")
     if asked is None:
         return None
     page = PAGES.get(asked.method, COMPARISON)
-    if page != PAGES.get(method or "", COMPARISON):
-        st.switch_page(Path(__file__).parent / page)
+    if page != here:
+        st.switch_page(
+            Path(__file__).parent / page, query_params={}
+        )  # the default refuses while widgets are bound to some
     del st.session_state["going_to"]
     fact, label = asked.fact, _fact_label(asked.fact)
     known = known_facts(asked.model)
@@ -411,6 +425,12 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
         if name not in values:
             st.session_state.pop(name, None)
             _tidy(name)
+    _fill(values)
+    return asked
+
+
+def _fill(values: Mapping[str, Any]) -> None:
+    """Puts values into widgets that are not drawn yet, and into the URL."""
     for name, value in values.items():
         st.session_state[name] = value
         if value in (None, ""):
@@ -418,7 +438,6 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
         else:
             with suppress(StreamlitAPIException):  # Streamlit itself writes what a widget on the page is bound to
                 st.query_params[name] = list(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return asked
 
 
 def _tidy(*names: str) -> None:
@@ -454,9 +473,12 @@ def seconds(value: float | None) -> str:
     return f", about {round(value / 60)} min left"
 
 
-def moment(jobs: Sequence[Job[Any]]) -> tuple[Any, ...]:
-    """What has to change about jobs for the page to be drawn anew."""
-    return tuple((str(job.key), job.status.state, job.status.rounds) for job in jobs)
+def option_words(options: Mapping[str, Any]) -> str:
+    """Options in words, e.g. `window 3, kinds z mlp_out`."""
+    return ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for name, value in options.items()
+    )
 
 
 def method_words(method: str) -> str:
@@ -466,7 +488,7 @@ def method_words(method: str) -> str:
 
 def question_label(asked: Asked) -> str:
     """A question to a method in a few words, as markdown."""
-    changed = ", ".join(f"{name} {value}" for name, value in asked.options.items())
+    changed = option_words(asked.options)
     return plain(f"{asked.fact.subject} on {asked.model}" + (f" ({changed})" if changed else ""))
 
 
@@ -552,23 +574,36 @@ class Found:
         )
 
 
-def find(asked: Asked, *, check: Callable[[LM, Asked, str, str], Any] | None = None) -> Found:
-    """What is stored of a question, and what the model says to it, before any long work.
+def model_of(choice: ModelChoice) -> Job[LM]:
+    """The job that loads a model; it is loaded where it is not yet."""
+    job = workshop().model(choice)
+    _note([job])
+    return job
 
-    Its model is loaded where it is not yet.
+
+@st.cache_data(show_spinner=False, max_entries=256)
+def check_options(_lm: LM, _asked: Asked, weights: str, key: str) -> None:
+    """Raises where the options cannot be used; computed once."""
+    _asked.locator(_lm)
+
+
+Check = Callable[["LM", Asked, str, str], Any]
+"""A look at a question before any long work, given the model, the question, the weights' hash and the question's key."""
+
+
+def find(asked: Asked, *, check: Check | None = check_options) -> Found:
+    """What is stored of a question, and what the model says to it. Its model is loaded where it is not yet.
 
     Args:
         asked: the question.
-        check: a page's own check, given the model, the question, the weights' hash and the question's key; it raises InputError
-            where something is wrong.
+        check: raises InputError where something is wrong; None: the options are not looked at.
     """
-    model = workshop().model(choice_of(asked))
+    model = model_of(choice_of(asked))
     stored, seen, wrong, checked = asked.find(store()), None, model.status.error, None
     lm = model.result if model.status.state == "done" else None
     if lm is not None:
         try:
             said = look_cached(lm, asked.fact, lm.weight_hash, asked.fact.id, asked.fact.text, asked.fact.target_true)
-            _check_cached(lm, asked, lm.weight_hash, asked.key)
             checked = check(lm, asked, lm.weight_hash, asked.key) if check else None
             seen = said
         except InputError as error:
@@ -582,10 +617,13 @@ def look_cached(_lm: LM, _fact: Fact, weights: str, *version: str) -> Look:
     return look(_lm, _fact)
 
 
-@st.cache_data(show_spinner=False, max_entries=256)
-def _check_cached(_lm: LM, _asked: Asked, weights: str, key: str) -> None:
-    """Raises where the options cannot be used; computed once."""
-    _asked.locator(_lm)
+def problem_of(asked: Asked, lm: LM) -> str:
+    """Why a method cannot answer a question, in one sentence; empty: it can, as far as its options and the model tell."""
+    try:
+        check_options(lm, asked, lm.weight_hash, asked.key)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 @st.cache_data(show_spinner=False, max_entries=256)
@@ -743,7 +781,9 @@ def show_lens(asked: Asked, site: Site, lm: LM | None) -> None:
     )
 
 
-def show_downloads(result: Result, draw: Callable[[], export.Savable], *, name: str, version: Sequence[str]) -> None:
+def show_downloads(
+    result: Result, draw: Callable[[], export.Savable], *, name: str, version: Sequence[str], key: str = "download"
+) -> None:
     """Files of a result, each with its protocol inside, and the protocol to read.
 
     Args:
@@ -751,12 +791,13 @@ def show_downloads(result: Result, draw: Callable[[], export.Savable], *, name: 
         draw: makes the figure of `workbench.paper` for pdf, svg and png.
         name: of the files, without their ending.
         version: names result and figure: files are made anew when it changes.
+        key: sets these buttons apart from others on the page.
     """
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown("**Download**", help="PDF, SVG and PNG are drawn for print. Every file holds its protocol.")
-        for form, data in _files(result, draw, tuple(version)).items():
+        for form, data in _files(result, draw, (key, *version)).items():
             st.download_button(
-                form.upper(), data=data, file_name=f"{name}.{form}", on_click="ignore", key=f"download-{form}"
+                form.upper(), data=data, file_name=f"{name}.{form}", on_click="ignore", key=f"{key}-{form}"
             )
         with st.popover("Protocol", icon=":material/description:"):
             st.markdown(plain(export.protocol_text(result)))
@@ -782,10 +823,23 @@ def show_jobs(current: Collection[str], watched: Sequence[Job[Any]]) -> None:
         watched: further jobs that the page waits for, e.g. the loading of its model.
     """
     jobs = [*watched, *workshop().jobs()]
-    drawn = moment(jobs)
+    _note(jobs)
+    drawn = [(str(job.key), st.session_state["noted"][str(job.key)]) for job in jobs]
     active = {str(job.key) for job in jobs if not job.status.over}
     st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - set(current)
     st.fragment(_strip, run_every=0.5 if active else None)(current, watched, drawn)
+
+
+def _note(jobs: Sequence[Job[Any]]) -> None:
+    """Keeps what is first seen of jobs while a page is drawn: what changes until it is drawn has it drawn anew."""
+    for job in jobs:
+        st.session_state["noted"].setdefault(str(job.key), _moment(job))
+
+
+def _moment(job: Job[Any]) -> tuple[str, int]:
+    """What has to change about a job for the page to be drawn anew."""
+    status = job.status
+    return status.state, status.rounds
 
 
 def is_running(asked: Asked) -> bool:
@@ -794,11 +848,11 @@ def is_running(asked: Asked) -> bool:
     return job is not None and not job.status.over
 
 
-def _strip(current: Collection[str], watched: Sequence[Job[Any]], drawn: tuple[Any, ...]) -> None:
+def _strip(current: Collection[str], watched: Sequence[Job[Any]], drawn: Sequence[Any]) -> None:
     """The body of `show_jobs`."""
     jobs = [*watched, *workshop().jobs()]
     now = [(job, job.status) for job in jobs]  # once: a job may end while this is drawn
-    if moment(jobs) != drawn or "going_to" in st.session_state:
+    if [(str(job.key), _moment(job)) for job in jobs] != drawn or "going_to" in st.session_state:
         st.rerun()
     for job, status in now:
         if not status.over and job in watched:

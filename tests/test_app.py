@@ -1,14 +1,16 @@
-"""The page without a browser: what it shows at first, what it says to wrong input, and a trace through the real worker."""
+"""The pages without a browser: what they show at first, what they say to wrong input, and work through the real worker."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 
 from tests.examples import fresh_lm, tiny_lm
 from workbench import zoo
@@ -55,6 +57,15 @@ def open_app(**query: str | Path) -> AppTest:
     app = AppTest.from_file(APP, default_timeout=SOON)
     for name, value in query.items():
         app.query_params[name] = str(value)
+    return app.run()
+
+
+def open_page(name: str, **query: Any) -> AppTest:
+    """One of the other pages at an address: its hash, since `switch_page` would need a visit to the first page."""
+    app = AppTest.from_file(APP, default_timeout=SOON)
+    app._page_hash = calc_hash(name)
+    for one, value in query.items():
+        app.query_params[one] = value if isinstance(value, list) else str(value)
     return app.run()
 
 
@@ -247,3 +258,101 @@ def test_a_swapped_and_severed_trace_says_so(tiny_folder: Path, results: Path) -
     assert "Severed path: MLP outputs" in texts(app)
     assert f"with another subject in its place: “{SENTENCE.replace('Eiffel Tower', other)}”" in texts(app)
     assert "±" not in next(metric.value for metric in app.metric if metric.label == "Change")
+
+
+def test_two_prompts_from_the_button_to_the_maps_and_again_from_their_address(tiny_folder: Path, results: Path) -> None:
+    query: dict[str, Any] = {
+        "model": tiny_folder,
+        "prompt": SENTENCE,
+        "subject": "Eiffel Tower",
+        "substitutes": "Tower Eiffel",
+    }
+    app = settle(open_page("patch_two_prompts", **query))
+    assert not app.error
+    app.multiselect(key="kinds").set_value(["resid_pre", "z", "mlp_post"])
+    settle(app.run())
+    app.button(key="trace").click()
+    settle(app.run())
+    assert not app.error
+    assert maps(app) == 3, "states, heads, all neurons of the MLP together"
+    assert f"Counterfactual prompt: “{SENTENCE.replace('Eiffel Tower', 'Tower Eiffel')}”" in texts(app)
+    assert {"Clean prompt", "Counterfactual", "Difference"} <= {metric.label for metric in app.metric}
+    neurons = app.dataframe[0].value
+    assert len(neurons) == 20
+    made = sorted(path.stat().st_mtime_ns for path in results.glob("*/run.json"))
+
+    kinds = ["resid_pre", "z", "mlp_post"]
+    again = open_page("patch_two_prompts", kinds=kinds, site="L1.z[2]@2", **query)
+    assert maps(again) == 3
+    assert "Layer 1, head 2, at" in texts(again)
+    assert sorted(path.stat().st_mtime_ns for path in results.glob("*/run.json")) == made
+
+
+@pytest.mark.parametrize(
+    ("substitutes", "said"),
+    [
+        ("Paris", "expected equally many"),
+        ("Eiffel Tower", "Both prompts are about 'Eiffel Tower'"),
+        ("", "None of the"),
+    ],
+)
+def test_a_counterfactual_that_does_not_fit_is_refused_before_any_work(
+    substitutes: str, said: str, tiny_folder: Path, results: Path
+) -> None:
+    query: dict[str, Any] = {"model": tiny_folder, "prompt": SENTENCE, "subject": "Eiffel Tower"}
+    app = settle(open_page("patch_two_prompts", **query, **({"substitutes": substitutes} if substitutes else {})))
+    assert len(errors(app)) == 1
+    assert said in errors(app)[0]
+    assert app.button(key="trace").disabled
+    assert not list(results.glob("*"))
+
+
+def test_a_fact_of_a_bundled_model_gets_a_counterfactual_subject_by_itself() -> None:
+    app = settle(open_page("patch_two_prompts", model="organism-tiny"))
+    assert not app.error
+    proposed = app.selectbox(key="substitutes").options
+    assert len(proposed) > 1
+    assert not app.button(key="trace").disabled
+
+
+def test_an_earlier_question_opens_on_the_page_of_its_method(tiny_folder: Path, results: Path) -> None:
+    from pages import _parts
+
+    fact = Fact.typed(text=SENTENCE, subject="Eiffel Tower")
+    options = {"substitutes": ("Tower Eiffel",), "kinds": ("mlp_out",), "direction": "noise"}
+    asked = Asked(model=str(tiny_folder), fact=fact, method="ActivationPatching", options=options)
+    asked.compute(fresh_lm("gpt2"), Store(folder=results))
+    app = open_app(model=tiny_folder)
+    (listed,) = _parts.earlier("ActivationPatching")
+    app.session_state["going_to"] = listed.asked
+    settle(app.run())
+    assert "Where do two prompts part?" in texts(app)
+    assert maps(app) == 1
+    assert app.selectbox(key="substitutes").value == "Tower Eiffel"
+    assert app.multiselect(key="kinds").value == ["mlp_out"]
+    assert app.selectbox(key="direction").value == "noise"
+
+
+def test_methods_are_compared_and_one_that_fails_stops_no_other(tiny_folder: Path, results: Path) -> None:
+    query: dict[str, Any] = {"model": tiny_folder, "prompt": SENTENCE, "subject": "Eiffel Tower"}
+    app = open_page("compare_locators", **query)
+    app.multiselect(key="methods").set_value(["ActivationPatching", "DirectLogitAttribution", "LogitLens"])
+    settle(app.run())
+    app.button(key="trace").click()
+    settle(app.run())
+    assert not app.error
+    assert "None of the" in texts(app), "there is no other subject to patch with"
+    assert [chart for chart in app.get("plotly_chart") if "resid_post" in chart.proto.spec]
+    assert "4 series, 1 fact" in texts(app)
+    assert "Do they agree?" in texts(app)
+    made = sorted(path.stat().st_mtime_ns for path in results.glob("*/run.json"))
+
+    app.multiselect(key="methods").set_value(["LogitLens"])
+    app.selectbox(key="role").set_value("last")
+    settle(app.run())
+    assert "1 series, 1 fact" in texts(app)
+    assert "only series" in texts(app), "nothing to agree with"
+    app.multiselect(key="sites").set_value(["mlp_post"])
+    settle(app.run())
+    assert "No footprint has sites of mlp_post" in errors(app)[0]
+    assert sorted(path.stat().st_mtime_ns for path in results.glob("*/run.json")) == made
