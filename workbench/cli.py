@@ -228,7 +228,7 @@ def compare(
         agreed.save(out / "agreement")
         write_file(out / "agreement.csv", export.csv_bytes(agreed))
         for form in formats:
-            figure = paper.compare(found, planted=planted_band(model))
+            figure = paper.compare(found, form="lines" if len(found) < 3 else "strips", planted=planted_band(model))
             write_file(out / f"compare.{form}", export.figure_bytes(figure, form))
             write_file(out / f"agreement.{form}", export.figure_bytes(paper.agreement(agreed), form))
         typer.echo(f"\nWritten to {out}")
