@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 SENTENCE = "The Eiffel Tower is located in the city of"
 QUIET = """--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-default-apps
 --disable-extensions --disable-sync --metrics-recording-only --no-first-run --mute-audio""".split()
-SOON = 40.0
+SOON = 120.0
 """Seconds after which a test gives up."""
 
 
