@@ -14,6 +14,7 @@ from workbench.errors import InputError
 from workbench.facts import Fact
 from workbench.figures_neurons import neuron_label
 from workbench.results import Footprint, Result
+from workbench.sites import Site
 from workbench.store import Store
 
 if TYPE_CHECKING:
@@ -56,6 +57,19 @@ class Neuron:
                 f"{text!r} names no neuron. Write it like 'L5.17': layer 5, neuron 17, both counted from 0."
             )
         return cls(layer=int(match[1]), neuron=int(match[2]))
+
+    @classmethod
+    def at(cls, site: str) -> Neuron:
+        """The neuron of a site like `L5.mlp_post[17]@last`.
+
+        Raises:
+            NeuronError: the site is no single neuron.
+            SiteError: the text spells no site.
+        """
+        place = Site.parse(site)
+        if place.neuron is None:
+            raise NeuronError(f"{site!r} is no single neuron. Write it like 'L5.mlp_post[17]'.")
+        return cls(layer=place.layer, neuron=place.neuron)
 
 
 @dataclass(frozen=True, kw_only=True)

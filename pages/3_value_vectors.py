@@ -127,7 +127,7 @@ def pick_mark(key: str) -> None:
     """Notes the dot that was clicked; a click on a bar or on nothing keeps the last one."""
     for point in st.session_state[key].selection.points:
         if data := point.get("customdata"):
-            choose(data[0] if isinstance(data, list) else data, "figure")
+            choose(str(Neuron.at(data[0] if isinstance(data, list) else data)), "figure")
 
 
 def pick_row(key: str, source: str, neurons: Sequence[str]) -> None:
@@ -147,6 +147,7 @@ def chosen_neuron(asked: Asked, footprint: Footprint | None) -> tuple[Neuron | N
     strongest = next(iter(named(footprint.neurons()))) if footprint is not None and len(footprint.neurons()) else None
     if not text:
         return strongest, "The strongest neuron of this fact. Click any other in the figure or in a table."
+    st.query_params["neuron"] = text  # gone from it after a visit to another page
     try:
         return Neuron.parse(text), ""
     except InputError as error:
@@ -180,11 +181,13 @@ def show_headline(footprint: Footprint) -> None:
     logit.metric(
         "Logit", drawing.number(found.logit), help=f"Of “{parts.plain(str(told['answer']))}”, at the end of the prompt."
     )
-    layers.metric("From the MLPs", drawing.number(found.layers, sign=True), help="Directly, of all layers together.")
+    layers.metric(
+        "All MLPs", drawing.number(found.layers, sign=True), help="What the MLPs of all layers give to it directly."
+    )
     neurons.metric(
-        f"From {found.n} neurons",
+        f"{found.n} neurons",
         drawing.number(found.neurons, sign=True),
-        help="Directly, by the neurons that contribute most; they have the rows and dots below.",
+        help="What the strongest neurons give to it directly; they have the rows and dots below.",
     )
     if footprint.run["parameters"]["token"] != "last":
         st.caption(
@@ -394,11 +397,11 @@ def show_card(asked: Asked, footprint: Footprint | None, lm: LM | None) -> None:
         answer = str(drawing.fact_row(footprint, None)["answer"]) if footprint is not None else asked.fact.target_true
         contribution, last, strongest = st.columns(3)
         contribution.metric(
-            "Contribution here",
+            "Contribution (last token)",
             drawing.number(card.contribution, sign=True),
-            help="To the answer's logit, directly, at the last token of this prompt.",
+            help="To the answer's logit, directly, at the end of this prompt.",
         )
-        last.metric("k at the last token", drawing.number(card.k, sign=True), help="The neuron's activation there.")
+        last.metric("k (last token)", drawing.number(card.k, sign=True), help="The neuron's activation there.")
         strongest.metric(
             f"k at “{parts.plain(drawing.token_label(card.text))}”",
             drawing.number(card.strongest, sign=True),

@@ -112,7 +112,7 @@ def test_from_the_button_to_a_neuron_and_again_from_its_address(tiny_folder: Pat
     press(app, "trace")
     (strongest,) = [frame.value for frame in app.dataframe]
     assert len(strongest) == 6
-    assert [metric.label for metric in app.metric][:3] == ["Logit", "From the MLPs", "From 6 neurons"]
+    assert [metric.label for metric in app.metric][:3] == ["Logit", "All MLPs", "6 neurons"]
     first = strongest["neuron"].iloc[0]
     assert f"`{first}`" in texts(app)
     assert "The strongest neuron of this fact" in texts(app)
@@ -207,6 +207,9 @@ def test_neurons_are_spelled_as_they_are_read() -> None:
     for wrong in ("", "L5", "L5.-1", "5,17"):
         with pytest.raises(NeuronError, match="Write it like"):
             Neuron.parse(wrong)
+    assert Neuron.at("L5.mlp_post[17]@last") == Neuron(layer=5, neuron=17)
+    with pytest.raises(NeuronError, match="no single neuron"):
+        Neuron.at("L5.mlp_post@last")
 
 
 def test_sums_are_of_the_table() -> None:
