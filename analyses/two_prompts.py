@@ -92,7 +92,7 @@ def pair_of(lm: LM, asked: Asked) -> Pair:
 
     fact, method = asked.fact, asked.locator(lm)
     assert isinstance(method, ActivationPatching), asked.method
-    _check_lengths(lm, fact, tuple(asked.options.get("substitutes", ())))
+    _check_subject(lm, asked)
     problem = method._experiment(lm, fact).problem
     texts = (problem.corrupted if method.direction == "denoise" else problem.clean).texts[0]
     tokens = lm.encode([fact])
@@ -136,17 +136,25 @@ def share_range(footprint: Footprint, kinds: Sequence[str]) -> tuple[float, floa
     return (low if low < -SHOWN_AGAINST * high else 0.0), high
 
 
-def _check_lengths(lm: LM, fact: Fact, substitutes: Sequence[str]) -> None:
-    """Raises FactError where the only counterfactual subject that was named is not as long as the fact's."""
+def _check_subject(lm: LM, asked: Asked) -> None:
+    """Raises FactError where there is no counterfactual subject, or the only one that was named is not as long as the fact's."""
+    fact, substitutes = asked.fact, asked.options.get("substitutes", ())
+    own = lm.encode([fact]).spans[0] or (0, 0)
+    n = own[1] - own[0]
+    wanted = f"{n} token{'s' * (n != 1)}"
+    if not substitutes and all(one.subject == fact.subject for one in asked.reference()):
+        raise FactError(
+            f"No other subject is known that could stand in the place of {fact.subject!r}. "
+            f"Type a counterfactual subject of {wanted}."
+        )
     if len(substitutes) != 1:
         return
     (subject,) = substitutes
-    own, other = (lm.encode([one]).spans[0] or (0, 0) for one in (fact, replace(fact, subject=subject)))
-    n, n_other = own[1] - own[0], other[1] - other[0]
     if subject == fact.subject:
         raise FactError(f"Both prompts are about {subject!r}. Choose another subject for the counterfactual one.")
-    if n != n_other:
+    other = lm.encode([replace(fact, subject=subject)]).spans[0] or (0, 0)
+    if (n_other := other[1] - other[0]) != n:
         raise FactError(
             f"{subject!r} has {n_other} token{'s' * (n_other != 1)} and {fact.subject!r} has {n}, expected equally many, so that "
-            f"the prompts can be laid side by side. Choose a proposed subject, or type one of {n} token{'s' * (n != 1)}."
+            f"the prompts can be laid side by side. Choose a proposed subject, or type one of {wanted}."
         )

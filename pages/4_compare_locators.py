@@ -177,6 +177,12 @@ def words_of(table: Result) -> str:
     return f"{series} series, {facts} fact{'s: means' if facts > 1 else ''}."
 
 
+def measure_title(name: str) -> str:
+    """What a measure of agreement is called."""
+    words = drawing.MEASURE_WORDS[name]
+    return words[:1].upper() + words[1:]
+
+
 def show_agreement(
     asked: Sequence[Asked],
     footprints: Sequence[Footprint],
@@ -200,18 +206,19 @@ def show_agreement(
     except InputError as error:
         st.caption(parts.plain(str(error)))
         return
-    measure = st.segmented_control(
-        "Measure",
-        list(drawing.MEASURE_WORDS),
-        default="spearman",
-        key="measure",
-        bind="query-params",
-        required=True,
-        format_func=lambda name: str(drawing.MEASURE_WORDS[name]).capitalize(),
-        label_visibility="collapsed",
+    measure = str(
+        st.selectbox(
+            "Measure",
+            list(drawing.MEASURE_WORDS),
+            key="measure",
+            bind="query-params",
+            format_func=measure_title,
+            label_visibility="collapsed",
+            width=320,
+        )
     )
     st.plotly_chart(
-        plots.agreement(agreed, measure=measure or "spearman", theme=parts.theme(), title=False),
+        plots.agreement(agreed, measure=measure, theme=parts.theme(), title=False),
         theme=None,
         key="agreement",
         config=parts.QUIET,
@@ -221,9 +228,9 @@ def show_agreement(
         st.dataframe(agreed.table, hide_index=True)
     parts.show_downloads(
         agreed,
-        lambda: paper.agreement(agreed, measure=measure or "spearman", size="page"),
+        lambda: paper.agreement(agreed, measure=measure, size="page"),
         name=parts.file_name("agreement", asked[0]),
-        version=(*version, str(token), *kinds, measure or ""),
+        version=(*version, str(token), *kinds, measure),
         key="agreement",
     )
 

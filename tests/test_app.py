@@ -293,7 +293,7 @@ def test_two_prompts_from_the_button_to_the_maps_and_again_from_their_address(ti
     [
         ("Paris", "expected equally many"),
         ("Eiffel Tower", "Both prompts are about 'Eiffel Tower'"),
-        ("", "None of the"),
+        ("", "Type a counterfactual subject of"),
     ],
 )
 def test_a_counterfactual_that_does_not_fit_is_refused_before_any_work(

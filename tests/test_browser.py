@@ -86,7 +86,7 @@ class Server:
             self.kill()
 
     def address(self, **query: object) -> str:
-        return f"http://localhost:{self.port}/?{urlencode(query)}"
+        return f"http://localhost:{self.port}/{query.pop('page', '')}?{urlencode(query, doseq=True)}"
 
     def complaints(self) -> list[str]:
         """Lines of the log that a user should never see."""
@@ -287,3 +287,59 @@ def test_the_url_of_an_earlier_trace_is_that_trace(open_tab: Callable[..., Page]
         assert heading.startswith(asked.fact.text)
         again.close()
     assert server.pieces() == made
+
+
+def test_two_prompts_are_patched_clicked_and_opened_again(
+    open_tab: Callable[..., Page], server: Server, models: dict[str, Path]
+) -> None:
+    tab = open_tab(page="patch_two_prompts", model=models["gpt2"], prompt=SENTENCE, subject="Eiffel Tower")
+    expect(tab.get_by_text("Type a counterfactual subject", exact=False)).to_be_visible()
+    box = tab.locator(".st-key-substitutes input")
+    box.fill("Tower Eiffel")
+    box.press("Enter")
+    expect(tab.locator(".two-prompts .differs").first).to_be_visible()
+    expect(tab.locator("[class*='st-key-other-tokens'] .js-plotly-plot")).to_be_visible()
+    start_trace(tab)
+    expect(maps(tab)).to_have_count(3)
+    expect(tab.get_by_text("Share of the difference")).to_be_visible()
+
+    click_cell(tab, index=2, row=0.99, column=0.6)
+    tab.wait_for_url(re.compile("site=L2.mlp_out"))
+    expect(tab.get_by_role("heading", name="Layer 2, MLP output, at “of”")).to_be_visible()
+    with tab.expect_download() as waiting:
+        tab.get_by_role("button", name="PDF", exact=True).click()
+    assert Path(waiting.value.path()).read_bytes().startswith(b"%PDF")
+
+    again = open_tab(tab.url)
+    expect(maps(again)).to_have_count(3)
+    expect(again.get_by_role("heading", name="Layer 2, MLP output, at “of”")).to_be_visible()
+    assert again.url == tab.url
+
+
+def test_methods_are_compared_and_a_page_of_one_is_opened(
+    open_tab: Callable[..., Page], server: Server, models: dict[str, Path]
+) -> None:
+    methods = ["Activation patching", "Causal trace", "Logit lens"]
+    question = {"model": models["llama"], "prompt": SENTENCE, "subject": "Eiffel Tower", "methods": methods}
+    tab = open_tab(page="compare_locators", **question)
+    start_trace(tab)
+    watching = open_tab(page="compare_locators", **question)
+    for either in (watching, tab):
+        expect(either.get_by_text("None of the", exact=False)).to_be_visible()
+        expect(either.get_by_text("4 series, 1 fact", exact=False)).to_be_visible()
+        expect(either.locator(".st-key-agreement .js-plotly-plot")).to_be_visible()
+    tab.get_by_role("radio", name="Lines").click()
+    tab.wait_for_url(re.compile("form=Lines"))
+    expect(tab.locator(".st-key-comparison .js-plotly-plot .legend")).to_be_visible()
+    with tab.expect_download() as waiting:
+        tab.locator(".st-key-download-svg button").click()
+    assert b"<svg" in Path(waiting.value.path()).read_bytes()
+    again = open_tab(tab.url)
+    expect(again.locator(".st-key-comparison .js-plotly-plot .legend")).to_be_visible()
+    assert again.url == tab.url
+
+    tab.locator(".st-key-closer-CausalTrace button").click()
+    tab.wait_for_url(re.compile(r"//[^/]+/(explore)?\?"))
+    expect(maps(tab)).to_have_count(3)
+    expect(tab.locator("h3")).to_have_text(re.compile(SENTENCE))
+    expect(tab.get_by_role("textbox", name="Subject")).to_have_value("Eiffel Tower")
