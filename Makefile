@@ -63,6 +63,8 @@ format: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/workbench average --model organism-mid --every 17 --limit 100 --out results/average
 	cp results/average/average.png results/average/average.pdf docs/figures/
+	$(BIN)/workbench compare --model organism-mid --every 175 --figures png --out results/compare
+	cp results/compare/compare.png docs/figures/
 	$(BIN)/python -m workbench.zoo.examples
 
 benchmark: $(STAMP)

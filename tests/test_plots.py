@@ -13,6 +13,7 @@ import pytest
 from analyses.locator_agreement import agreement
 from tests.footprints import ODD, average, footprint, of_values, several
 from workbench import drawing, plots
+from workbench.drawing import Theme
 from workbench.profiles import layer_profiles
 from workbench.results import Footprint, Result, ResultError, join
 from workbench.sites import TOKEN_ROLES, Site
@@ -452,10 +453,21 @@ def test_agreement_is_a_symmetric_matrix_without_a_diagonal() -> None:
 def test_a_star_marks_what_chance_does_not_explain() -> None:
     result = agreement(methods(3))
     table = result.table.assign(p_adjusted=[0.049, 0.05, np.nan] * 4)
-    texts = plots.agreement(Result(table=table, run=result.run)).data[0].text
+    texts = plots.agreement(Result(table=table, run=result.run)).data[1].text.reshape(3, 3)
     assert texts[0][1].endswith("*")
     assert texts[1][0].endswith("*")
     assert not any("*" in text for text in (texts[0][2], texts[1][2]))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_numbers_are_dark_on_light_cells_and_light_on_dark_ones(theme: Theme) -> None:
+    result = agreement(methods(3))
+    rows = result.table[result.table["measure"] == "spearman"].index
+    table = result.table.copy()
+    table.loc[rows, "value"] = [0.0, 1.0, 0.5]
+    colors = plots.agreement(Result(table=table, run=result.run), theme=theme).data[1].textfont.color
+    none, full = colors[1], colors[2]
+    assert (none, full) == (("#111111", "#ffffff") if theme == "light" else ("#ffffff", "#111111"))
 
 
 def test_near_methods_are_dark_whatever_is_measured() -> None:

@@ -27,6 +27,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from workbench import drawing, profiles
 from workbench.drawing import Column, Panel
@@ -292,7 +293,7 @@ def agreement(result: Result, *, measure: str = "spearman", size: Size | None = 
         for (row, column), words in np.ndenumerate(texts.to_numpy()):
             dark = np.isfinite(values[row, column]) and sum(colors(mesh.norm(values[row, column]))[:3]) < 1.5
             text = ax.text(column + 0.5, row + 0.5, "", ha="center", va="center", color="#ffffff" if dark else _INK)
-            _write(text, words, size=6.5)
+            _write(text, words, size=min(6.5, 90 / n))
         ax.set_ylim(n, 0)
         ax.xaxis.tick_top()
         places = [i + 0.5 for i in range(n)]
@@ -401,12 +402,13 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
     _write(ax.title, panel.title, size=8)
     _write(ax.xaxis.label, panel.layer_title)
     if planted:
+        above = ax.get_xaxis_transform() + ScaledTranslation(0, 3 / 72, figure.dpi_scale_trans)
         ax.plot(
-            [planted[0] - 0.45, planted[-1] + 0.45], [1.03, 1.03], transform=ax.get_xaxis_transform(), clip_on=False,
+            [planted[0] - 0.45, planted[-1] + 0.45], [1, 1], transform=above, clip_on=False,
             color=_INK, linewidth=1, solid_capstyle="butt",
         )  # fmt: skip
         note = ax.annotate(
-            "planted", ((planted[0] + planted[-1]) / 2, 1.03), xycoords=ax.get_xaxis_transform(), xytext=(0, 1.5),
+            "planted", ((planted[0] + planted[-1]) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, 4.5),
             textcoords="offset points", ha="center", va="bottom", annotation_clip=False,
         )  # fmt: skip
         _write(note, "planted", size=6)

@@ -10,8 +10,10 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from workbench import drawing
 from workbench.drawing import Column, Panel, Theme
@@ -266,11 +268,14 @@ def agreement(result: Result, *, measure: str = "spearman", theme: Theme = "ligh
         go.Heatmap(
             z=panel.values.to_numpy(), x=numbers, y=numbers, zmin=panel.low, zmax=panel.high, xgap=1, ygap=1,
             colorscale=_scale(panel.colors(theme)), reversescale=panel.reverse,
-            text=texts.to_numpy(), texttemplate="%{text}", textfont=dict(size=12 if n <= 8 else 10),
             customdata=[[_lines(note) if note else "" for note in notes] for notes in panel.notes.to_numpy()],
             hovertemplate="%{customdata}<extra></extra>", hoverongaps=False,
             colorbar=dict(thickness=10, outlinewidth=0, xpad=10, ypad=0, len=1, nticks=5, ticks="", tickfont_size=11),
         )
+    )  # fmt: skip
+    figure.add_scatter(
+        x=numbers * n, y=[i for i in numbers for _ in numbers], text=texts.to_numpy().ravel(), mode="text",
+        textfont=dict(size=12 if n <= 8 else 10, color=_on_cells(panel, theme)), hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     figure.update_xaxes(
         tickvals=numbers, side="top", ticks="", showgrid=False, zeroline=False, fixedrange=True, range=[0.5, n + 0.5]
@@ -564,6 +569,14 @@ def _dots(color: str, name: str) -> dict[str, Any]:
 
 def _scale(colors: Sequence[str]) -> list[list[Any]]:
     return [[i / (len(colors) - 1), color] for i, color in enumerate(colors)]
+
+
+def _on_cells(panel: Panel, theme: Theme) -> list[str]:
+    """For every cell, black or white: what is read on its colour."""
+    share = (panel.values.to_numpy(dtype=float).ravel() - panel.low) / (panel.high - panel.low)
+    share = np.nan_to_num(1 - share if panel.reverse else share, nan=0.5).clip(0, 1)
+    cells = sample_colorscale(_scale(panel.colors(theme)), share, colortype="tuple")
+    return ["#111111" if np.dot(cell, (0.299, 0.587, 0.114)) > 0.55 else "#ffffff" for cell in cells]
 
 
 def _faded(color: str, alpha: float) -> str:
