@@ -19,6 +19,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.errors",
         "workbench.facts",
         "workbench.forms",
+        "workbench.guard",
+        "workbench.options",
         "workbench.progress",
         "workbench.registry",
         "workbench.sites",
@@ -51,6 +53,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         "workbench.checks",
+        "workbench.edits",
         "workbench.moments",
         "workbench.noise",
         "workbench.store",

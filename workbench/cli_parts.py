@@ -75,7 +75,7 @@ def read_settings(method: str, settings: Sequence[str] | None) -> dict[str, Any]
     """
     from workbench.forms import form_of, read_option
     from workbench.locators import locator_named
-    from workbench.locators.base import check_options
+    from workbench.options import check_options
 
     cls = locator_named(method)
     form, values = {field.name: field for field in form_of(cls.__module__, method)}, {}

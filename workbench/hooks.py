@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.guard import reading
 from workbench.models import LM, Tokens
 from workbench.sites import KINDS, Site, SiteError, SiteKind
 
@@ -86,6 +87,15 @@ class _Plan:
 
 _plans: ContextVar[tuple[_Plan, ...]] = ContextVar("workbench_plans", default=())
 
+_running: ContextVar[Tokens | None] = ContextVar("workbench_running", default=None)
+"""The prompts that `run` runs."""
+
+Beside = Callable[[Tensor, Tensor, Tokens | None], Tensor]
+"""What stands beside a module: of its input and output, and of the prompts where they are known, it makes another output."""
+
+_besides: ContextVar[tuple[tuple[int, str, Beside], ...]] = ContextVar("workbench_besides", default=())
+"""Model (the id of its hooks), path of a module, and what stands beside it; in the order in which they apply."""
+
 
 def run(
     lm: LM,
@@ -119,11 +129,12 @@ def run(
     inputs: dict[str, Any] = {"input_ids": tokens.ids, "attention_mask": tokens.mask.long(), "use_cache": False}
     if lm.takes_positions:
         inputs["position_ids"] = tokens.positions
-    reset = _plans.set((*_plans.get(), plan))
+    reset, before = _plans.set((*_plans.get(), plan)), _running.set(tokens)
     try:
-        with torch.enable_grad() if grad else torch.no_grad():
+        with reading(lm.model), torch.enable_grad() if grad else torch.no_grad():
             logits = lm.model(**inputs).logits
     finally:
+        _running.reset(before)
         _plans.reset(reset)
     return Activations(
         tokens=tokens,
@@ -192,7 +203,8 @@ def run_block(
     )
     reset = _plans.set((*_plans.get(), plan))
     try:
-        output = lm.blocks[layer](**call)
+        with reading(lm.model):
+            output = lm.blocks[layer](**call)
     finally:
         _plans.reset(reset)
     out: Tensor = output[0] if isinstance(output, tuple) else output
@@ -200,14 +212,14 @@ def run_block(
 
 
 def is_patched() -> bool:
-    """Whether this thread is inside of `patched`, so that what a model gives is not its own."""
-    return any(plan.writes for plan in _plans.get())
+    """Whether this thread is inside of `patched` or `beside`, so that what a model gives is not its own."""
+    return bool(_besides.get()) or any(plan.writes for plan in _plans.get())
 
 
 def has_foreign_hooks(lm: LM) -> bool:
-    """Whether somebody else's forward hooks are on the model, which may do with an activation what they like."""
-    return any(
-        not isinstance(hook, _Tap) and hook is not _inert
+    """Whether something else than sites is hooked to the model, which may do with an activation what it likes."""
+    return bool(_besides.get()) or any(
+        not isinstance(hook, (_Tap, _SideTap)) and hook is not _inert
         for module in lm.model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
@@ -228,6 +240,27 @@ def patched(lm: LM, write: Mapping[Site, Write], tokens: Tokens | None = None) -
         yield
     finally:
         _plans.reset(reset)
+
+
+@contextmanager
+def beside(lm: LM, sides: Sequence[tuple[str, Beside]]) -> Iterator[None]:
+    """Within, every forward pass of this thread through the model has something beside some of its modules; see `Beside`.
+
+    Args:
+        lm: the model.
+        sides: paths of modules in the model, and what stands beside each.
+    """
+    owner = _owner(lm)
+    with _installing:
+        for path, _ in sides:
+            module = lm.model.get_submodule(path)
+            if not any(isinstance(hook, _SideTap) for hook in module._forward_hooks.values()):
+                module.register_forward_hook(_SideTap(owner, path), with_kwargs=True, prepend=True)
+    reset = _besides.set((*_besides.get(), *((owner, path, side) for path, side in sides)))
+    try:
+        yield
+    finally:
+        _besides.reset(reset)
 
 
 # --- plans ---
@@ -379,6 +412,32 @@ class _Tap:
             if writers or moved:
                 new = here.reshape(x.shape).clone() if self.copy else here.reshape(x.shape)
         return new
+
+
+class _SideTap:
+    """A hook at a module that something may stand beside. Copies of the model get one that does nothing."""
+
+    def __init__(self, owner: int, path: str) -> None:
+        self.owner, self.path = owner, path
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        sides = [side for owner, path, side in _besides.get() if (owner, path) == (self.owner, self.path)]
+        if not sides:
+            return None
+        x: Tensor = args[0] if args else kwargs[_hidden_key(kwargs)]
+        new: Tensor = output[0] if isinstance(output, tuple) else output
+        tokens = _running.get()
+        shape = tokens.ids.shape if tokens is not None else x.shape[:2]
+        for side in sides:  # OPT's MLP sees all positions of all rows in one dimension
+            rows = new if x.dim() > 2 else new.view(*shape, -1)
+            new = side(x if x.dim() > 2 else x.view(*shape, -1), rows, tokens).reshape(new.shape)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def _inert(*_: object) -> None:

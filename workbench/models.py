@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.facts import Fact
+from workbench.guard import reading
 from workbench.layouts import Layout, ModelError, layout_of
 from workbench.sites import Role, Site, SiteError, SiteKind
 
-__all__ = ["LM", "ModelError", "Tokens", "is_plain"]
+__all__ = ["LM", "Introduction", "ModelError", "Tokens", "introduced", "is_plain"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -241,14 +244,15 @@ class LM:
         Computed once, and again after a parameter was changed or replaced. A change is seen by autograd's own count and, since
         `parameter.data` slips past that, by a sum over some thousand numbers of each parameter.
         """
-        state = tuple(_state(parameter) for parameter in self.model.parameters())
-        if self._hashed is None or self._hashed[0] != state:
-            digest = hashlib.blake2b(digest_size=8)
-            for name, parameter in sorted(self.model.named_parameters()):
-                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-            self._hashed = state, digest.hexdigest()
-        return self._hashed[1]
+        with reading(self.model):
+            state = tuple(_state(parameter) for parameter in self.model.parameters())
+            if self._hashed is None or self._hashed[0] != state:
+                digest = hashlib.blake2b(digest_size=8)
+                for name, parameter in sorted(self.model.named_parameters()):
+                    digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+                    digest.update(parameter.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+                self._hashed = state, digest.hexdigest()
+            return self._hashed[1]
 
     @property
     def setup_hash(self) -> str:
@@ -303,9 +307,11 @@ class LM:
             raise ModelError("There is no prompt to encode. Give at least one fact or text.")
         rows, lengths, spans, texts = [], [], [], []
         for index, item in enumerate(items):
-            text = item.text if isinstance(item, Fact) else item
+            plain = item.text if isinstance(item, Fact) else item
+            text = _introduced(self.model, plain)
             ids, offsets = self._tokenize(text)
-            spans.append(self._token_span(item, ids, offsets) if isinstance(item, Fact) else None)
+            moved = len(text) - len(plain)
+            spans.append(self._token_span(item, ids, offsets, moved) if isinstance(item, Fact) else None)
             texts.append(self._labels(ids, offsets, text))
             lengths.append(len(ids))
             rows.append(ids + self.target_ids(text, targets[index])[:-1] if targets else ids)
@@ -369,19 +375,43 @@ class LM:
             labels.append(piece if piece else self.tokenizer.convert_ids_to_tokens(token_id))
         return tuple(labels)
 
-    def _token_span(self, fact: Fact, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[int, int]:
+    def _token_span(self, fact: Fact, ids: list[int], offsets: list[tuple[int, int]], moved: int) -> tuple[int, int]:
         """The tokens that share a character with the subject, as first and one-past-last.
 
         By offsets and not by decoding, so that BOS, byte-level and sentencepiece tokens, and characters of several bytes are all
         right. The lone space that sentencepiece puts before a text counts as its first character's, but it is no subject token.
         """
-        start, stop = fact.span
+        start, stop = (place + moved for place in fact.span)
         inside = [i for i, (first, end) in enumerate(offsets) if first < stop and end > start]
         while len(inside) > 1 and not self.word(ids[inside[0]]).strip():
             inside = inside[1:]
         if not inside:
             raise ModelError(f"No token covers the subject {fact.subject!r} of {fact.text!r}. Choose a longer subject.")
         return inside[0], inside[-1] + 1
+
+
+Introduction = Callable[[str], str]
+"""Of a prompt, the text that is put before it."""
+
+_introductions: ContextVar[tuple[tuple[PreTrainedModel, Introduction], ...]] = ContextVar(
+    "workbench_introductions", default=()
+)
+
+
+@contextmanager
+def introduced(lm: LM, introductions: Sequence[Introduction]) -> Iterator[None]:
+    """Within, every prompt that this thread encodes for the model is preceded by what the introductions give for it."""
+    reset = _introductions.set((*_introductions.get(), *((lm.model, one) for one in introductions)))
+    try:
+        yield
+    finally:
+        _introductions.reset(reset)
+
+
+def _introduced(model: PreTrainedModel, text: str) -> str:
+    """A prompt with what comes before it, the latest introduction next to it."""
+    before = [introduction(text) for owner, introduction in _introductions.get() if owner is model]
+    return "".join([*before, text])
 
 
 def is_plain(module: nn.Module) -> bool:

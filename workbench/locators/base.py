@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from workbench.checks import self_checks
 from workbench.facts import Fact, FactError
 from workbench.hooks import is_patched
 from workbench.models import LM
+from workbench.options import check_fields, check_options
 from workbench.progress import track
 from workbench.results import Footprint, join, manifest
 from workbench.sites import default_window
@@ -34,19 +35,7 @@ class Locator(ABC):
     """
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            choices = get_args(hint) if get_origin(hint) is Literal else ()
-            if choices and value not in choices:
-                raise FactError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
-            if hint is int and not (isinstance(value, int) and not isinstance(value, bool)):
-                raise FactError(f"{name} is {value!r}, expected a whole number.")
-            if hint is bool and not isinstance(value, bool):
-                raise FactError(f"{name} is {value!r}, expected True or False.")
-            if hint == float | None and not (value is None or (isinstance(value, (int, float)) and value is not True)):
-                raise FactError(f"{name} is {value!r}, expected a number, or None.")
-            if get_origin(hint) is tuple and not isinstance(value, tuple):
-                raise FactError(f"{name} is {value!r}, expected a tuple, e.g. ({value!r},).")
+        check_fields(self)
 
     def __call__(self, lm: LM, facts: Sequence[Fact], *, memory: int | None = None) -> Footprint:
         """Where the facts are; `memory` as in `locate`.
@@ -119,14 +108,6 @@ class NeuronLocator(Locator):
     @abstractmethod
     def neuron_scores(self, lm: LM, fact: Fact) -> Float[Tensor, "layer d_mlp"]:
         """How much each neuron has to do with a fact; larger is more."""
-
-
-def check_options(cls: type[Locator], options: Mapping[str, Any]) -> None:
-    """Raises FactError where a method has no option of a name."""
-    unknown = sorted(set(options) - {field.name for field in fields(cls)})
-    if unknown:
-        names = ", ".join(field.name for field in fields(cls))
-        raise FactError(f"{cls.__name__} has no option {', '.join(unknown)}. It has {names}.")
 
 
 def locate(
