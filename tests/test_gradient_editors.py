@@ -1,0 +1,195 @@
+"""Editors that follow gradients: each change has the structure that its algebra says, and the model is left as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.examples import EIFFEL, SAID, fresh_lm, tiny_lm
+from workbench.editors._gradients import Lesson, down_projection, put
+from workbench.editors.base import Editor
+from workbench.editors.fine_tune import FineTune
+from workbench.edits import Edit, EditError
+from workbench.facts import Fact, FactError
+from workbench.hooks import run
+from workbench.layouts import ModelError
+from workbench.models import LM
+
+TOWER = replace(SAID, target_new="Rome")
+LONG = replace(EIFFEL, id="long", target_new="Los Angeles Lakers")
+"""An answer of several tokens."""
+
+
+def p_new(lm: LM, fact: Fact) -> float:
+    """Probability of the new answer's first token."""
+    logits = run(lm, lm.encode([fact])).last_logits[0]
+    return float(logits.double().softmax(-1)[lm.target_ids(fact.text, fact.target_new or "")[0]])
+
+
+def dense(edit: Edit, name: str) -> Tensor:
+    change = edit.changes[name]
+    return change if isinstance(change, Tensor) else change.dense()
+
+
+def down_weight(lm: LM, layer: int) -> str:
+    return f"{down_projection(lm, layer)}.weight"
+
+
+# --- what they share ---
+
+
+def test_put_adds_within_and_brings_back_the_very_objects() -> None:
+    lm = fresh_lm("gpt2")  # its unembedding is tied to the embedding
+    name = "transformer.wte.weight"
+    before = dict(lm.model.named_parameters())
+    lone, tokens = before[name], lm.encode([EIFFEL])
+    clean = run(lm, tokens).logits
+    change = torch.full_like(lone, 0.1).requires_grad_()
+    with put(lm, {name: change}):
+        assert lm.embed.weight is lm.unembed.weight
+        assert torch.equal(lm.unembed._parameters["weight"], lone + 0.1)  # type: ignore[arg-type]
+        loss = run(lm, tokens, grad=True).logits.square().sum()
+        gradient = torch.autograd.grad(loss, change)[0]
+    assert gradient.abs().max() > 0
+    assert torch.equal(run(lm, tokens).logits, clean)
+    after = dict(lm.model.named_parameters())
+    assert all(after[key] is value for key, value in before.items())
+    assert lm.model.lm_head.weight is lone
+
+
+def test_put_brings_back_after_an_error() -> None:
+    lm = fresh_lm("llama")
+    name = down_weight(lm, 1)
+    own = lm.model.get_parameter(name)
+    with pytest.raises(RuntimeError, match="size of tensor"), put(lm, {name: torch.zeros(7, 3)}):
+        pass
+    with pytest.raises(ZeroDivisionError), put(lm, {name: torch.zeros_like(own)}):
+        raise ZeroDivisionError
+    assert lm.model.get_parameter(name) is own
+
+
+@pytest.mark.parametrize("objective", ["target_new", "prompt_last"])
+def test_the_loss_is_that_of_a_plain_loop(family: str, objective: str) -> None:
+    lm = tiny_lm(family)
+    facts = [TOWER, LONG]
+    lesson = Lesson.of(lm, [f.text for f in facts], [f.target_new or "" for f in facts], objective)  # type: ignore[arg-type]
+    expected = []
+    for fact in facts:
+        prompt, answer = lm._tokenize(fact.text)[0], lm.target_ids(fact.text, fact.target_new or "")
+        read = [] if objective == "prompt_last" else answer[:-1]
+        with torch.no_grad():
+            log_p = lm.model(torch.tensor([prompt + read])).logits[0].double().log_softmax(-1)
+        last = len(prompt) - 1
+        at = [last] * len(answer) if objective == "prompt_last" else range(last, last + len(answer))
+        expected.append(-np.mean([float(log_p[i, token]) for i, token in zip(at, answer, strict=True)]))
+    np.testing.assert_allclose(lesson.loss(lm).detach(), expected, rtol=1e-4)
+    assert len(lm.target_ids(LONG.text, LONG.target_new or "")) > 1
+
+
+def test_without_gradients_it_is_said(gpt2: LM) -> None:
+    with torch.inference_mode(), pytest.raises(EditError, match="inference_mode"):
+        FineTune(layers=(1,)).make(gpt2, [TOWER], after=None)
+
+
+# --- all of them ---
+
+QUICK: dict[str, Editor] = {"FineTune": FineTune(steps=3, learning_rate=0.01)}
+"""Each with options that make it quick."""
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    lm = fresh_lm("gpt2")
+    lm.model.get_parameter("transformer.wpe.weight").requires_grad_(False)
+    hashed, parameters = lm.weight_hash, dict(lm.model.named_parameters())
+    needs = {key: value.requires_grad for key, value in parameters.items()}
+    modules, state = [id(module) for module in lm.model.modules()], torch.get_rng_state()
+    edit = QUICK[name](lm, [TOWER])
+    lm._hashed = None
+    assert lm.weight_hash == hashed
+    after = dict(lm.model.named_parameters())
+    assert all(after[key] is value and value.grad is None for key, value in parameters.items())
+    assert {key: value.requires_grad for key, value in after.items()} == needs
+    assert [id(module) for module in lm.model.modules()] == modules
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m.training for m in lm.model.modules())
+    before = p_new(lm, TOWER)
+    with edit.on(lm):
+        assert p_new(lm, TOWER) > before
+    assert QUICK[name](lm, [TOWER]).key == edit.key
+
+
+# --- fine-tuning ---
+
+
+def test_only_the_named_weights_change(family: str) -> None:
+    lm = tiny_lm(family)
+    edit = FineTune(steps=2, layers=(0, 2))(lm, [TOWER, LONG])
+    assert list(edit.changes) == [down_weight(lm, 0), down_weight(lm, 2)]
+    assert all(dense(edit, name).any() for name in edit.changes)
+    assert edit.run["losses"][-1] < edit.run["losses"][0]
+
+
+@pytest.mark.parametrize("bound", [5e-4, 1e-3, 0.1])
+def test_the_bound_holds_exactly(gpt2: LM, bound: float) -> None:
+    edit = FineTune(norm_constraint=bound, learning_rate=0.3, steps=4)(gpt2, [TOWER])
+    (change,) = edit.changes.values()
+    assert isinstance(change, Tensor)
+    assert change.dtype == torch.float32
+    assert float(change.abs().max()) <= bound
+    assert float((change.abs() > 0.999 * bound).double().mean()) > 0.5  # steps that large fill it
+    free = FineTune(learning_rate=0.3, steps=4)(gpt2, [TOWER])
+    assert float(dense(free, next(iter(free.changes))).abs().max()) > 0.2
+
+
+def test_the_first_step_is_adams(gpt2: LM) -> None:
+    """Adam's first step is the learning rate against the gradient's sign, whatever the gradient's size."""
+    name = down_weight(gpt2, 1)
+    edit = FineTune(layers=(1,), steps=1, learning_rate=1e-3)(gpt2, [LONG])
+    zero = torch.zeros_like(gpt2.model.get_parameter(name)).requires_grad_()
+    lesson = Lesson.of(gpt2, [LONG.text], [LONG.target_new or ""])
+    with put(gpt2, {name: zero}):
+        gradient = torch.autograd.grad(lesson.loss(gpt2).sum(), zero)[0]
+    clear = gradient.abs() > 1e-5
+    torch.testing.assert_close(dense(edit, name)[clear], -1e-3 * gradient.sign()[clear], rtol=1e-2, atol=0)
+
+
+def test_training_stops_when_the_answer_is_known(gpt2: LM) -> None:
+    edit = FineTune(learning_rate=0.02, steps=60, stop_below=0.5)(gpt2, [TOWER])
+    losses = edit.run["losses"]
+    assert len(losses) < 61
+    assert losses[-1] < 0.5 <= min(losses[:-1])
+
+
+def test_half_precision_is_trained_in_float32() -> None:
+    """Steps of 5e-4 are lost in bfloat16 weights one by one; summed in float32 they are not."""
+    lm = fresh_lm("gpt2")
+    lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    edit = FineTune(layers=(1,))(lm, [TOWER])
+    change = dense(edit, down_weight(lm, 1))
+    assert change.dtype == torch.float32
+    assert change.abs().max() > 5e-3
+    assert edit.run["losses"][-1] < edit.run["losses"][0]
+
+
+def test_an_edit_goes_on_from_another(gpt2: LM) -> None:
+    first = FineTune(layers=(1,), steps=3)(gpt2, [TOWER])
+    both = FineTune(layers=(1,), steps=3)(gpt2, [LONG], after=first)
+    with first.on(gpt2):
+        lesson = Lesson.of(gpt2, [LONG.text], [LONG.target_new or ""])
+        loss = float(lesson.loss(gpt2).detach())
+    assert both.run["losses"][0] == pytest.approx(loss, abs=1e-5)
+    assert [fact.id for fact in both.facts] == [TOWER.id, LONG.id]
+
+
+def test_what_cannot_be_is_said(gpt2: LM) -> None:
+    with pytest.raises(ModelError, match="layers 0 to 3"):
+        FineTune(layers=(4,))(gpt2, [TOWER])
+    with pytest.raises(FactError, match="norm_constraint"):
+        FineTune(norm_constraint=0.0)
+    with pytest.raises(EditError, match="learning_rate"):
+        FineTune(learning_rate=1e30, steps=5)(gpt2, [TOWER])
