@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
-from tests.examples import EIFFEL, SAID, fresh_lm, tiny_lm
+from tests.examples import EIFFEL, SAID, TRACED, fresh_lm, tiny_lm
+from workbench.directions import unembedding
 from workbench.editors._gradients import Lesson, down_projection, put
 from workbench.editors.base import Editor
 from workbench.editors.fine_tune import FineTune
+from workbench.editors.knowledge_neuron_edit import KnowledgeNeuronEdit, refined
 from workbench.edits import Edit, EditError
 from workbench.facts import Fact, FactError
 from workbench.hooks import run
@@ -97,7 +100,10 @@ def test_without_gradients_it_is_said(gpt2: LM) -> None:
 
 # --- all of them ---
 
-QUICK: dict[str, Editor] = {"FineTune": FineTune(steps=3, learning_rate=0.01)}
+QUICK: dict[str, Editor] = {
+    "FineTune": FineTune(steps=3, learning_rate=0.01),
+    "KnowledgeNeuronEdit": KnowledgeNeuronEdit(steps=3),
+}
 """Each with options that make it quick."""
 
 
@@ -193,3 +199,70 @@ def test_what_cannot_be_is_said(gpt2: LM) -> None:
         FineTune(norm_constraint=0.0)
     with pytest.raises(EditError, match="learning_rate"):
         FineTune(learning_rate=1e30, steps=5)(gpt2, [TOWER])
+
+
+# --- knowledge neurons ---
+
+NORMALISED = ("gemma2", "gemma3", "olmo2")
+"""Families with a norm behind the MLP."""
+
+
+@pytest.mark.parametrize("family", [family for family in TRACED if family not in NORMALISED], indirect=True)
+def test_only_value_vectors_of_the_chosen_neurons_change(lm: LM) -> None:
+    """Each gets 8 times the new answer's row of the unembedding, less the old one's."""
+    edit = KnowledgeNeuronEdit(steps=2)(lm, [TOWER])
+    said = int(run(lm, lm.encode([TOWER])).last_logits[0].argmax())
+    weight, _ = unembedding(lm, [said, *lm.target_ids(TOWER.text, "Rome")])
+    added = 8 * weight[1:].sum(0) - weight[0]
+    chosen = edit.run["neurons"][TOWER.id]
+    assert set(edit.changes) == {down_weight(lm, layer) for layer, _ in chosen}
+    for layer in {layer for layer, _ in chosen}:
+        change = dense(edit, down_weight(lm, layer))
+        values = change if type(lm.part(layer, lm.layout.down_proj)).__name__ == "Conv1D" else change.T
+        neurons = [neuron for at, neuron in chosen if at == layer]
+        others = [neuron for neuron in range(lm.d_mlp) if neuron not in neurons]
+        assert values.shape == (lm.d_mlp, lm.d_model)
+        assert not values[others].any()
+        torch.testing.assert_close(values[neurons], added.expand(len(neurons), -1))
+
+
+@pytest.mark.parametrize("family", NORMALISED)
+def test_a_family_whose_neurons_cannot_be_attributed_is_refused(family: str) -> None:
+    with pytest.raises(ModelError, match="normalises"):
+        KnowledgeNeuronEdit()(tiny_lm(family), [TOWER])
+
+
+def test_a_batch_of_facts_is_the_union_of_their_neurons(gpt2: LM) -> None:
+    editor = KnowledgeNeuronEdit(steps=2, prompts=1)
+    alone = [editor(gpt2, [fact]) for fact in (TOWER, LONG)]
+    both = editor(gpt2, [TOWER, LONG])
+    assert both.run["neurons"] == alone[0].run["neurons"] | alone[1].run["neurons"]
+    for name in both.changes:
+        expected = torch.stack([dense(edit, name) for edit in alone if name in edit.changes]).sum(0)
+        torch.testing.assert_close(dense(both, name), expected)
+
+
+def test_the_refined_set_is_widened_or_cut_to_what_was_asked_for() -> None:
+    """Five neurons, in the coarse sets of 3, 3, 2, 1, 1 of 3 prompts."""
+    found = pd.DataFrame(
+        {"layer": [0, 1, 2, 3, 4], "neuron": 7, "prompts": [1, 3, 2, 3, 1], "mean": [0.9, 0.1, 0.5, 0.2, 0.8]}
+    )
+
+    def layers(**options: int) -> list[int]:
+        return [layer for layer, _ in refined(found, share=0.7 * 3, **options)]
+
+    assert layers(fewest=1, most=5) == [3, 1]
+    assert layers(fewest=4, most=5) == [3, 1, 2, 0]
+    assert layers(fewest=1, most=1) == [3]
+
+
+def test_old_and_new_answers_weigh_what_was_asked_for(gpt2: LM) -> None:
+    editor = KnowledgeNeuronEdit(steps=2, fewest=1, most=1, lambda_old=2.0, lambda_new=0.0)
+    edit = editor(gpt2, [replace(TOWER, target_true="Paris")])
+    ((layer, neuron),) = edit.run["neurons"][TOWER.id]
+    weight, _ = unembedding(gpt2, gpt2.target_ids(TOWER.text, "Paris"))
+    torch.testing.assert_close(dense(edit, down_weight(gpt2, layer))[neuron], -2 * weight.sum(0))
+    with pytest.raises(FactError, match="fewest"):
+        KnowledgeNeuronEdit(fewest=6)
+    with pytest.raises(FactError, match="threshold"):
+        KnowledgeNeuronEdit(threshold=0.0)
