@@ -27,8 +27,8 @@ from typing_extensions import Self
 from workbench.errors import InputError
 from workbench.facts import Fact, Probe
 from workbench.guard import editing
-from workbench.hooks import beside
-from workbench.models import LM, Tokens, introduced
+from workbench.hooks import beside, nothing_beside
+from workbench.models import LM, Tokens, introduced, unintroduced
 from workbench.registry import discover
 from workbench.results import record
 
@@ -219,7 +219,7 @@ class Edit:
         return Edit(
             base=self.base,
             after=tuple(key for key in dict.fromkeys((*self.after, *other.after)) if key not in own),
-            changes={name: _added(changes) for name, changes in both.items()},
+            changes={name: added(changes) for name, changes in both.items()},
             sides=(*self.sides, *other.sides),
             state=joined(self.state, other.state),
             facts=(*self.facts, *other.facts),
@@ -311,6 +311,26 @@ def base_of(lm: LM) -> str:
     return applied.base if applied else lm.weight_hash
 
 
+@contextmanager
+def unedited(lm: LM) -> Iterator[None]:
+    """Within, the model is what it is without the edits that are on it now."""
+    applied = _applied.get(lm.model)
+    if applied is None:
+        yield
+        return
+    with editing(lm.model), nothing_beside(), unintroduced():
+        names = {name: change for edit in applied.edits for name, change in edit.changes.items()}
+        edits, applied.edits = applied.edits, []
+        hashed, lm._hashed = lm._hashed, applied.hashed
+        try:
+            _renew(lm, applied, names)
+            yield
+        finally:
+            applied.edits = edits
+            _renew(lm, applied, names)
+            lm._hashed = hashed
+
+
 def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of two edits as one: rows below each other."""
     names = dict.fromkeys((*first, *second))
@@ -364,7 +384,7 @@ def changed(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     return total.to(weight.dtype)
 
 
-def _added(changes: Sequence[Change]) -> Change:
+def added(changes: Sequence[Change]) -> Change:
     """Changes of one parameter as one; it stays a product as long as that is smaller."""
     if len(changes) == 1:
         return changes[0]

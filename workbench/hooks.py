@@ -256,11 +256,23 @@ def beside(lm: LM, sides: Sequence[tuple[str, Beside]]) -> Iterator[None]:
             module = lm.model.get_submodule(path)
             if not any(isinstance(hook, _SideTap) for hook in module._forward_hooks.values()):
                 module.register_forward_hook(_SideTap(owner, path), with_kwargs=True, prepend=True)
-    reset = _besides.set((*_besides.get(), *((owner, path, side) for path, side in sides)))
+    mine = [(owner, path, side) for path, side in sides]
+    _besides.set((*_besides.get(), *mine))
+    try:
+        yield
+    finally:  # several may be left in any order
+        _besides.set(tuple(one for one in _besides.get() if not any(one is own for own in mine)))
+
+
+@contextmanager
+def nothing_beside() -> Iterator[None]:
+    """Within, nothing stands beside any module for this thread, and nothing is patched."""
+    sides, plans = _besides.set(()), _plans.set(())
     try:
         yield
     finally:
-        _besides.reset(reset)
+        _plans.reset(plans)
+        _besides.reset(sides)
 
 
 # --- plans ---

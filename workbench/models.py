@@ -26,7 +26,7 @@ from workbench.guard import reading
 from workbench.layouts import Layout, ModelError, layout_of
 from workbench.sites import Role, Site, SiteError, SiteKind
 
-__all__ = ["LM", "Introduction", "ModelError", "Tokens", "introduced", "is_plain"]
+__all__ = ["LM", "Introduction", "ModelError", "Tokens", "introduced", "is_plain", "unintroduced"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -401,7 +401,18 @@ _introductions: ContextVar[tuple[tuple[PreTrainedModel, Introduction], ...]] = C
 @contextmanager
 def introduced(lm: LM, introductions: Sequence[Introduction]) -> Iterator[None]:
     """Within, every prompt that this thread encodes for the model is preceded by what the introductions give for it."""
-    reset = _introductions.set((*_introductions.get(), *((lm.model, one) for one in introductions)))
+    mine = [(lm.model, one) for one in introductions]
+    _introductions.set((*_introductions.get(), *mine))
+    try:
+        yield
+    finally:  # several may be left in any order
+        _introductions.set(tuple(one for one in _introductions.get() if not any(one is own for own in mine)))
+
+
+@contextmanager
+def unintroduced() -> Iterator[None]:
+    """Within, no prompt of this thread is preceded by anything."""
+    reset = _introductions.set(())
     try:
         yield
     finally:
