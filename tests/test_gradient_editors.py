@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.examples import EIFFEL, SAID, TRACED, fresh_lm, tiny_lm
+from tests.examples import EIFFEL, SAID, fresh_lm, tiny_lm
 from workbench.directions import unembedding
-from workbench.editors._gradients import Lesson, down_projection, put
+from workbench.editors._gradients import Lesson, down_projection, is_transposed, put, shadow
+from workbench.editors.ada_lora import AdaLora
 from workbench.editors.base import Editor
 from workbench.editors.fine_tune import FineTune
 from workbench.editors.knowledge_neuron_edit import KnowledgeNeuronEdit, refined
-from workbench.edits import Edit, EditError
+from workbench.editors.lora import Lora, attention_matrices
+from workbench.edits import Edit, EditError, LowRank
 from workbench.facts import Fact, FactError
 from workbench.hooks import run
 from workbench.layouts import ModelError
@@ -25,6 +27,10 @@ from workbench.models import LM
 TOWER = replace(SAID, target_new="Rome")
 LONG = replace(EIFFEL, id="long", target_new="Los Angeles Lakers")
 """An answer of several tokens."""
+
+
+SOME = ("gpt2", "gpt_neo", "llama", "bloom", "phi3", "gemma")
+"""Families between them with Conv1D and Linear, one matrix for query, key and value and three, and each make of tokenizer."""
 
 
 def p_new(lm: LM, fact: Fact) -> float:
@@ -75,6 +81,7 @@ def test_put_brings_back_after_an_error() -> None:
     assert lm.model.get_parameter(name) is own
 
 
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("objective", ["target_new", "prompt_last"])
 def test_the_loss_is_that_of_a_plain_loop(family: str, objective: str) -> None:
     lm = tiny_lm(family)
@@ -103,6 +110,8 @@ def test_without_gradients_it_is_said(gpt2: LM) -> None:
 QUICK: dict[str, Editor] = {
     "FineTune": FineTune(steps=3, learning_rate=0.01),
     "KnowledgeNeuronEdit": KnowledgeNeuronEdit(steps=3),
+    "Lora": Lora(steps=3, learning_rate=0.02),
+    "AdaLora": AdaLora(steps=6, warm_up=1, settle=2, learning_rate=0.05),
 }
 """Each with options that make it quick."""
 
@@ -132,6 +141,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 # --- fine-tuning ---
 
 
+@pytest.mark.parametrize("family", SOME)
 def test_only_the_named_weights_change(family: str) -> None:
     lm = tiny_lm(family)
     edit = FineTune(steps=2, layers=(0, 2))(lm, [TOWER, LONG])
@@ -207,7 +217,7 @@ NORMALISED = ("gemma2", "gemma3", "olmo2")
 """Families with a norm behind the MLP."""
 
 
-@pytest.mark.parametrize("family", [family for family in TRACED if family not in NORMALISED], indirect=True)
+@pytest.mark.parametrize("family", SOME, indirect=True)
 def test_only_value_vectors_of_the_chosen_neurons_change(lm: LM) -> None:
     """Each gets 8 times the new answer's row of the unembedding, less the old one's."""
     edit = KnowledgeNeuronEdit(steps=2)(lm, [TOWER])
@@ -218,7 +228,7 @@ def test_only_value_vectors_of_the_chosen_neurons_change(lm: LM) -> None:
     assert set(edit.changes) == {down_weight(lm, layer) for layer, _ in chosen}
     for layer in {layer for layer, _ in chosen}:
         change = dense(edit, down_weight(lm, layer))
-        values = change if type(lm.part(layer, lm.layout.down_proj)).__name__ == "Conv1D" else change.T
+        values = change if is_transposed(lm.part(layer, lm.layout.down_proj)) else change.T
         neurons = [neuron for at, neuron in chosen if at == layer]
         others = [neuron for neuron in range(lm.d_mlp) if neuron not in neurons]
         assert values.shape == (lm.d_mlp, lm.d_model)
@@ -266,3 +276,81 @@ def test_old_and_new_answers_weigh_what_was_asked_for(gpt2: LM) -> None:
         KnowledgeNeuronEdit(fewest=6)
     with pytest.raises(FactError, match="threshold"):
         KnowledgeNeuronEdit(threshold=0.0)
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("editor", [Lora(steps=1), AdaLora(steps=2, warm_up=0, settle=1)], ids=["Lora", "AdaLora"])
+def test_the_change_does_what_the_adapters_did(family: str, editor: Lora) -> None:
+    """With any weights in them: the model with the edit on gives the logits of the one with peft's adapters."""
+    lm = tiny_lm(family)
+    targets = attention_matrices(lm, [0, 2])
+    twin = shadow(lm)
+    editor._tuner(twin.model, list(targets), is_transposed(next(iter(targets.values()))))
+    twin.model.train(False)
+    generator = torch.Generator().manual_seed(1)
+    changes = {}
+    for path, module in targets.items():
+        adapter = twin.model.get_submodule(path)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            b, a = editor._product(adapter)
+            product = b @ a
+        assert torch.linalg.matrix_rank(product) in (8, 12)
+        changes[f"{path}.weight"] = product.T if is_transposed(module) else product
+    tokens = lm.encode([EIFFEL])
+    edit = Edit(base=lm.weight_hash, changes=changes)
+    own = run(lm, tokens).logits
+    with edit.on(lm):
+        edited = run(lm, tokens).logits
+    torch.testing.assert_close(edited, run(twin, tokens).logits, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(edited, own, atol=1e-2)
+
+
+def test_adapters_stand_beside_what_attention_reads_with(family: str) -> None:
+    """Query and value, or all that is no output projection: never the MLP, in every layer the same."""
+    lm = tiny_lm(family)
+    found = [path.removeprefix(f"{lm.layout.blocks}.") for path in attention_matrices(lm, range(lm.n_layers))]
+    paths = {path.partition(".")[2] for path in found}
+    assert set(found) == {f"{layer}.{path}" for layer in range(lm.n_layers) for path in paths}
+    assert len(paths) in (1, 2, 3)
+    assert all(path.startswith(f"{lm.layout.attn}.") for path in paths)
+    assert lm.layout.o_proj not in paths
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_the_rank_is_not_larger_than_was_asked_for(family: str) -> None:
+    edit = Lora(steps=4, r=3, learning_rate=0.01)(tiny_lm(family), [TOWER, LONG])
+    assert {change.rank for change in edit.changes.values() if isinstance(change, LowRank)} == {3}
+    assert {int(torch.linalg.matrix_rank(dense(edit, name), rtol=1e-4)) for name in edit.changes} <= {1, 2, 3}
+
+
+def test_ranks_are_shared_out(gpt2: LM) -> None:
+    """Matrices keep as many singular values as they matter: together r for each, alone up to as many as at the start."""
+    edit = AdaLora(steps=12, warm_up=2, settle=4, r=3, first_r=6)(gpt2, [TOWER, LONG])
+    ranks = [change.rank for change in edit.changes.values() if isinstance(change, LowRank)]
+    assert sum(ranks) == 3 * gpt2.n_layers
+    assert max(ranks) <= 6
+    assert all(torch.linalg.matrix_rank(dense(edit, name)) <= 6 for name in edit.changes)
+
+
+def test_adapters_are_drawn_by_their_seed(gpt2: LM) -> None:
+    one, other = (Lora(steps=2, seed=seed, layers=(1,))(gpt2, [TOWER]) for seed in (0, 1))
+    assert list(one.changes) == ["transformer.h.1.attn.c_attn.weight"]
+    assert one.key != other.key
+    torch.manual_seed(7)
+    assert Lora(steps=2, layers=(1,))(gpt2, [TOWER]).key == one.key
+
+
+def test_options_that_adapters_cannot_have() -> None:
+    for wrong in ({"r": 0}, {"dropout": 1.0}, {"learning_rate": 0.0}, {"seed": -1}):
+        with pytest.raises(FactError, match=next(iter(wrong))):
+            Lora(**wrong)
+    with pytest.raises(FactError, match="first_r"):
+        AdaLora(r=12)
+    with pytest.raises(FactError, match="settle"):
+        AdaLora(steps=10)

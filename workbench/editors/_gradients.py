@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.edits import EditError
-from workbench.guard import editing
+from workbench.guard import editing, reading
 from workbench.hooks import run
 from workbench.models import LM, ModelError, Tokens
 
@@ -74,11 +76,7 @@ def put(lm: LM, changes: Mapping[str, Tensor]) -> Iterator[None]:
 
     The model's own parameter objects are put aside and put back; other threads wait meanwhile.
     """
-    if torch.is_inference_mode_enabled():
-        raise EditError(
-            "Inside of torch.inference_mode() there are no gradients, so this editor cannot learn. Leave it."
-        )
-    with editing(lm.model), torch.enable_grad():
+    with editing(lm.model), learning():
         own = {name: lm.model.get_parameter(name) for name in changes}
         places = {
             name: [
@@ -99,6 +97,45 @@ def put(lm: LM, changes: Mapping[str, Tensor]) -> Iterator[None]:
             for name, parameter in own.items():
                 for module, attribute in places[name]:
                     module._parameters[attribute] = parameter
+
+
+@contextmanager
+def learning() -> Iterator[None]:
+    """Within, there are gradients, whatever was turned off by whoever calls.
+
+    Raises:
+        EditError: inside of `torch.inference_mode`, which cannot be left.
+    """
+    if torch.is_inference_mode_enabled():
+        raise EditError(
+            "Inside of torch.inference_mode() there are no gradients, so this editor cannot learn. Leave it."
+        )
+    with torch.enable_grad():
+        yield
+
+
+def note(losses: list[float], loss: Float[Tensor, ""]) -> float:
+    """The loss as a number, appended to those of the earlier steps.
+
+    Raises:
+        EditError: it is not finite.
+    """
+    losses.append(float(loss.detach()))
+    if not math.isfinite(losses[-1]):
+        raise EditError(f"The loss is {losses[-1]} after {len(losses) - 1} steps. Take a smaller learning_rate.")
+    return losses[-1]
+
+
+def shadow(lm: LM) -> LM:
+    """The model once more, with modules of its own on the same memory: what is done to its modules is not done to the model's.
+
+    Its parameters need no gradient. What stands beside the model's modules is not with it.
+    """
+    with reading(lm.model):
+        shared: dict[int, Any] = {
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in lm.model.parameters()
+        }
+        return LM(copy.deepcopy(lm.model, shared), lm.tokenizer, name=lm.name, bos=lm.bos)
 
 
 def zeros(lm: LM, names: Sequence[str]) -> dict[str, Tensor]:

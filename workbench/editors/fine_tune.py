@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from typing_extensions import Self
 
-from workbench.editors._gradients import Lesson, Objective, check_layers, down_projection, put, zeros
+from workbench.editors._gradients import Lesson, Objective, check_layers, down_projection, note, put, zeros
 from workbench.editors.base import Draft, Editor
-from workbench.edits import Edit, EditError
+from workbench.edits import Edit
 from workbench.facts import Fact, FactError
 from workbench.models import LM
 from workbench.progress import track
@@ -82,10 +82,7 @@ class FineTune(Editor):
         for step in track(range(self.steps + 1), "steps", self.steps + 1):
             with put(lm, changes):
                 loss = lesson.loss(lm).mean()
-                losses.append(float(loss.detach()))
-                if not np.isfinite(losses[-1]):
-                    raise EditError(f"The loss is {losses[-1]} after {step} steps. Take a smaller learning_rate.")
-                if step == self.steps or losses[-1] < self.stop_below:
+                if note(losses, loss) < self.stop_below or step == self.steps:
                     break
                 gradients = torch.autograd.grad(loss, list(changes.values()))
             for change, gradient in zip(changes.values(), gradients, strict=True):
