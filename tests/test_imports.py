@@ -33,6 +33,11 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.models",
         "workbench.results",
         "workbench.zoo",
+        "workbench.zoo.corpus",  # and what makes its documents
+        "workbench.zoo.organisms",
+        "workbench.zoo.tokenization",
+        "workbench.zoo.truth",
+        "workbench.zoo.world",
     ),
     2: (
         "workbench.directions",
@@ -40,6 +45,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.export",
         "workbench.figures_circuit",
         "workbench.figures_neurons",
+        "workbench.generation",
         "workbench.gradients",
         "workbench.hooks",
         "workbench.jobs",

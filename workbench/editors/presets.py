@@ -56,6 +56,27 @@ def _layers(*layers: int, **options: Any) -> dict[str, Any]:
 
 _ROME_LLAMA = {"weight_decay": 1e-3, "steps": 25}
 
+_PLANTED = {
+    "reference": "resid_post",
+    "clamp": 1.5,
+    "essence": ("{} is a", "{} is known for", "{} comes from", "The language of {} is"),
+}
+"""In the bundled models what an MLP adds at the subject is short beside the stream, so the published measure would bind too soon."""
+
+
+def _bundled(name: str, family: str, n_layers: int, d_model: int, *, one: int, band: tuple[int, ...]) -> Preset:
+    """A bundled model: single layers and bands are those where its facts were planted."""
+    single, several, late = _layers(one), _layers(*band), _layers(n_layers - 2)
+    return Preset(
+        name=name, family=family, n_layers=n_layers, d_model=d_model, bundled=True, every=_PLANTED,
+        of={
+            **dict.fromkeys(("FineTune", "Rome", "RRome", "Emmet"), single),
+            **dict.fromkeys(("Memit", "Pmet", "AlphaEdit"), several),
+            **dict.fromkeys(("Grace", "Wise"), late), "Mend": _layers(*range(n_layers - 3, n_layers)),
+        },
+    )  # fmt: skip
+
+
 PRESETS: tuple[Preset, ...] = (
     Preset(
         name="gpt2-xl", family="gpt2", n_layers=48, d_model=1600,
@@ -87,17 +108,23 @@ PRESETS: tuple[Preset, ...] = (
         name="llama-3-8b", family="llama", n_layers=32, d_model=4096, d_vocab=(128256,),
         of={
             "FineTune": _layers(21), "Rome": _layers(5, **_ROME_LLAMA), "RRome": _layers(5, **_ROME_LLAMA),
-            "Memit": _layers(*range(4, 9), clamp=4.0, **_ROME_LLAMA), "AlphaEdit": _layers(*range(4, 9), ridge=1.0, learning_rate=0.1),
-            "Wise": _layers(29),
+            "Memit": _layers(*range(4, 9), clamp=4.0, **_ROME_LLAMA),
+            "AlphaEdit": _layers(*range(4, 9), ridge=1.0, learning_rate=0.1), "Wise": _layers(29),
         },
     ),
     Preset(
         name="qwen2.5-7b", family="qwen2", n_layers=28, d_model=3584,
         of={
             "FineTune": _layers(27), "Rome": _layers(5, **_ROME_LLAMA), "RRome": _layers(5, **_ROME_LLAMA),
-            "Memit": _layers(*range(4, 9), clamp=4.0, **_ROME_LLAMA), "AlphaEdit": _layers(*range(4, 9), ridge=1.0), "Wise": _layers(23),
+            "Memit": _layers(*range(4, 9), clamp=4.0, **_ROME_LLAMA), "AlphaEdit": _layers(*range(4, 9), ridge=1.0),
+            "Wise": _layers(23),
         },
     ),
+    _bundled("organism-mid", "gpt2", 12, 192, one=5, band=(4, 5, 6)),
+    _bundled("organism-late", "gpt2", 8, 192, one=4, band=(4, 5)),
+    _bundled("organism-llama", "llama", 8, 160, one=3, band=(2, 3)),
+    _bundled("organism-plain", "gpt2", 8, 192, one=0, band=(0, 1)),
+    _bundled("organism-tiny", "gpt2", 4, 96, one=1, band=(1,)),
 )  # fmt: skip
 
 

@@ -1,0 +1,235 @@
+"""How good are edits: does the model say the new answer, also in other words, and does it leave the rest alone?
+
+Each fact is edited alone and scored with the measures of ROME's evaluation (arXiv 2202.05262, section 3.4), on probabilities that
+are the geometric mean over an answer's tokens under teacher forcing:
+
+- `efficacy`, `paraphrase`: the new answer is more probable than the old one, after the prompt and after its paraphrases
+- `said`, `said_paraphrase`: the new answer is what the model says, greedily
+- `neighborhood`: after prompts of the same relation on other subjects, their own answer is more probable than the new one
+- `neighborhood_same`, `other_same`: after these, and after other relations of the subject, the model says what it said before
+- `entropy`: of the 2- and 3-grams of 60 tokens sampled after the prompt, weighed 2/3 and 4/3 and halved, in bits (GE, without the
+  factor 100); it falls where a model repeats itself. `entropy_before` is that of the model without the edit
+- `seconds`: for the edit; `peak_mb`: the process's peak memory so far
+
+`python -m analyses.edit_quality --model organism-mid --edits 50 --out results/quality` makes the committed table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import log2
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from torch import Tensor
+
+from workbench import zoo
+from workbench.editors import all_editors
+from workbench.editors.base import Editor
+from workbench.errors import InputError
+from workbench.facts import Fact, Probe
+from workbench.generation import continue_prompts
+from workbench.hooks import run
+from workbench.loading import load
+from workbench.locators.base import peak_memory
+from workbench.models import LM
+from workbench.progress import track
+from workbench.results import Result, manifest
+
+MEASURES = (
+    "efficacy",
+    "paraphrase",
+    "said",
+    "said_paraphrase",
+    "neighborhood",
+    "neighborhood_same",
+    "other_same",
+    "entropy",
+)
+"""Columns of the table that are means over a fact's prompts; larger is better."""
+
+SAMPLED = 60
+"""Tokens of text whose entropy is taken."""
+
+
+def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor]) -> Result:
+    """Edits every fact alone by every editor, and scores it.
+
+    Args:
+        lm: the model.
+        facts: with `target_new`; paraphrases, neighbors and locality as far as they are there.
+        editors: by label.
+
+    Returns:
+        One row an editor and fact with `MEASURES` (0 to 1, `entropy` in bits; NaN where a fact has no such prompts),
+        `entropy_before`, `seconds` and `peak_mb`; `left_out` in the manifest: by editor and fact, why it could not be edited.
+
+    Raises:
+        InputError: no fact could be edited by any editor.
+    """
+    rows, left_out = [], {}
+    before = {fact.id: _said(lm, fact) for fact in facts}
+    pairs = [(label, editor, fact) for label, editor in editors.items() for fact in facts]
+    for label, editor, fact in track(pairs, "edits", len(pairs)):
+        try:
+            edit = editor(lm, [fact])
+        except InputError as error:
+            left_out[f"{label}: {fact.id}"] = str(error)
+            continue
+        with edit.on(lm):
+            after = _said(lm, fact)
+            scored = {
+                "efficacy": _wins(lm, [fact.text], fact.target_new, fact.target_true),
+                "paraphrase": _wins(lm, fact.paraphrases, fact.target_new, fact.target_true),
+                "said": _says(lm, [fact.text], fact.target_new),
+                "said_paraphrase": _says(lm, fact.paraphrases, fact.target_new),
+                "neighborhood": _mean([_wins(lm, [p.prompt], p.target, fact.target_new) for p in fact.neighbors]),
+                "neighborhood_same": _same(before[fact.id]["neighbors"], after["neighbors"]),
+                "other_same": _same(before[fact.id]["locality"], after["locality"]),
+                "entropy": after["entropy"],
+            }
+        rows.append({
+            "editor": label, "fact": fact.id, **scored, "entropy_before": before[fact.id]["entropy"],
+            "seconds": edit.run["seconds"], "peak_mb": peak_memory(lm),
+        })  # fmt: skip
+    if not rows:
+        raise InputError(f"No fact could be edited. The first: {next(iter(left_out.values()), 'none was given')}")
+    run_ = manifest(
+        "Edit quality", model=lm.protocol, parameters={label: repr(editor) for label, editor in editors.items()},
+        facts=facts, left_out=left_out,
+    )  # fmt: skip
+    return Result(table=pd.DataFrame(rows), run=run_)
+
+
+def summary(result: Result) -> pd.DataFrame:
+    """Means over facts by editor, in the order of the table."""
+    columns = [*MEASURES, "entropy_before", "seconds"]
+    means = result.table.groupby("editor", sort=False).agg(**{c: (c, "mean") for c in columns}, facts=("fact", "size"))
+    means["peak_mb"] = result.table.groupby("editor", sort=False)["peak_mb"].max()
+    table: pd.DataFrame = means.reset_index()
+    return table
+
+
+def markdown(result: Result) -> str:
+    """The summary as a table for a document."""
+    table = summary(result)
+    digits = {"seconds": 2, "peak_mb": 0, "facts": 0}
+    lines = ["| " + " | ".join(table.columns) + " |", "|---" + "|--:" * (len(table.columns) - 1) + "|"]
+    for row in table.itertuples(index=False):
+        cells = [
+            str(value) if isinstance(value, str) else f"{value:.{digits.get(name, 2)}f}" if value == value else ""
+            for name, value in zip(table.columns, row, strict=True)
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def log_p(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """The mean log-probability per token of each answer after its prompt, under teacher forcing."""
+    logits, ids = _forced(lm, prompts, answers)
+    return torch.stack([
+        row[torch.arange(len(own)), torch.tensor(own)].mean() for row, own in zip(logits.log_softmax(-1), ids, strict=True)
+    ])  # fmt: skip
+
+
+def _forced(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, list[list[int]]]:
+    """Logits (row, step, d_vocab) where answers are predicted, on the CPU, and the answers' tokens."""
+    ids = [lm.target_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens = lm.encode(list(prompts), targets=list(answers))
+    logits = run(lm, tokens).logits
+    steps = (tokens.last[:, None] + torch.arange(max(map(len, ids)), device=logits.device)).clamp(
+        max=logits.shape[1] - 1
+    )
+    rows = torch.arange(len(tokens), device=logits.device)[:, None]
+    return logits[rows, steps].float().cpu(), ids
+
+
+def _wins(lm: LM, prompts: Sequence[str], first: str | None, second: str | None) -> float:
+    """How often the first answer is more probable than the second."""
+    if not prompts or not first or not second:
+        return float("nan")
+    n = len(prompts)
+    found = log_p(lm, [*prompts, *prompts], [first] * n + [second] * n)
+    return float((found[:n] > found[n:]).float().mean())
+
+
+def _says(lm: LM, prompts: Sequence[str], answer: str | None) -> float:
+    """How often all tokens of the answer are the most probable ones."""
+    if not prompts or not answer:
+        return float("nan")
+    logits, ids = _forced(lm, prompts, [answer] * len(prompts))
+    right = [row[: len(own)].argmax(-1).tolist() == own for row, own in zip(logits, ids, strict=True)]
+    return float(np.mean(right))
+
+
+def _said(lm: LM, fact: Fact) -> dict[str, Any]:
+    """What the model says now: next tokens after the probes, and how varied its text is."""
+    text = continue_prompts(lm, [fact.text], n=SAMPLED, top_k=5)[0]
+    return {
+        "neighbors": _next(lm, fact.neighbors),
+        "locality": _next(lm, fact.locality),
+        "entropy": ngram_entropy(text),
+    }
+
+
+def _next(lm: LM, probes: Sequence[Probe]) -> list[int]:
+    if not probes:
+        return []
+    found: list[int] = run(lm, lm.encode([probe.prompt for probe in probes])).last_logits.argmax(-1).tolist()
+    return found
+
+
+def _same(before: Sequence[int], after: Sequence[int]) -> float:
+    return _mean([float(a == b) for a, b in zip(before, after, strict=True)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def ngram_entropy(text: str) -> float:
+    """(2/3 H_2 + 4/3 H_3) / 2 in bits, H_n the entropy of the words' n-grams; 0 for less than three words."""
+    words = text.split()
+
+    def entropy(n: int) -> float:
+        counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        total = counts.total()
+        return -sum(c / total * log2(c / total) for c in counts.values()) if total else 0.0
+
+    return (2 / 3 * entropy(2) + 4 / 3 * entropy(3)) / 2
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    model: Annotated[str, typer.Option(help="Hub name, folder, or bundled model.")] = zoo.NAMES[0],
+    edits: Annotated[int, typer.Option(min=1, help="How many facts, spread over those of the model.")] = 50,
+    editors: Annotated[str, typer.Option(help="Editors, comma-separated; default: all.")] = "",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Edits facts of a bundled model by every editor, one at a time, and prints how good the edits are."""
+    try:
+        torch.set_num_threads(threads)
+        known = all_editors()
+        names = [name.strip() for name in editors.split(",") if name.strip()] or list(known)
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(f"There is no editor {unknown[0]!r}. Use some of {', '.join(known)}.")
+        lm, facts = load(model, dtype="float32"), [fact for fact in zoo.load_facts(model) if fact.target_new]
+        chosen = facts[:: max(1, len(facts) // edits)][:edits]
+        result = edit_quality(lm, chosen, {name: known[name].fitted(lm) for name in names})
+        result.save(out / model / result.key)
+        typer.echo(markdown(result))
+        for what, why in result.run["left_out"].items():
+            typer.echo(f"left out: {what}: {why}", err=True)
+
+    except InputError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
