@@ -36,12 +36,13 @@ def test_all_parts_sum_to_the_models_own_logit(lm: LM) -> None:
     logits = before_cap(lm, run(lm, lm.encode([EIFFEL])))
     answer = lm.target_ids(EIFFEL.text, EIFFEL.target_true)[0]
     foil = lm.target_ids(EIFFEL.text, EIFFEL.target_new or "")[0]
-    for locator, expected in (
+    cases = (
         (DirectLogitAttribution(centred=False), logits[answer]),
         (DirectLogitAttribution(), logits[answer] - logits.mean()),
         (DirectLogitAttribution(score="logit_diff"), logits[answer] - logits[foil]),
         (DirectLogitAttribution(score="logit_diff", centred=False), logits[answer] - logits[foil]),
-    ):
+    )
+    for locator, expected in cases[: 2 if foil == answer else 4]:  # a tokenizer may begin both with the same token
         here = locator(lm, [EIFFEL])
         scale = max(float(logits.abs().max()), float(here.table["value"].abs().max()))
         assert whole_rows(here) == pytest.approx(float(expected), rel=0, abs=1e-5 * scale)

@@ -11,7 +11,7 @@ from tests.examples import EIFFEL, SAID, tiny_lm
 from workbench.facts import FactError
 from workbench.hooks import run
 from workbench.loading import load
-from workbench.locators.hard_concrete import HardConcrete
+from workbench.locators.hard_concrete import RANGES, HardConcrete
 from workbench.models import LM
 from workbench.sites import Site
 from workbench.zoo import load_facts
@@ -85,7 +85,21 @@ def test_it_works_where_gradients_are_off_and_says_where_it_cannot(gpt2: LM) -> 
         locator.neuron_scores(gpt2, SAID)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"neurons": -1}, {"start": 1.0}, {"temperature": 0.0}, {"rate": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"steps": 10**9}, {"neurons": -1}, {"start": 1.0}, {"temperature": 0.0}, {"temperature": 1e-320},
+        {"temperature": math.inf}, {"rate": -1.0}, {"rate": math.inf}, {"rate": 1e308}, {"penalty": math.inf},
+        {"penalty": 1e308}, {"penalty": math.nan}, {"seed": -1}, {"seed": 2**64},
+    ],
+)  # fmt: skip
 def test_numbers_that_make_no_mask_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(FactError, match="expected"):
         HardConcrete(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("end", [0, 1])
+def test_the_ends_of_the_ranges_give_numbers(gpt2: LM, name: str, end: int) -> None:
+    scores = HardConcrete(steps=20, **{name: RANGES[name][end]}).neuron_scores(gpt2, EIFFEL)  # type: ignore[arg-type]
+    assert scores.isfinite().all()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from jaxtyping import Float
@@ -169,6 +170,8 @@ def locate(
         for pieces in _batches(missing, one_by_one=skip):
             try:
                 new = locator.locate_together(lm, pieces, memory=memory)
+                for (fact, _), piece in zip(pieces, new, strict=True):
+                    _check_numbers(fact, piece)
             except FactError as error:
                 if not skip:
                     raise
@@ -193,6 +196,16 @@ def locate(
     if left_out:
         told["left_out"] = left_out
     return replace(whole, run={**whole.run, **told})
+
+
+def _check_numbers(fact: Fact, piece: Footprint) -> None:
+    """Raises FactError where a value is no number: nobody should find such a map in a store."""
+    wrong = piece.table[~np.isfinite(piece.table["value"])]
+    if len(wrong):
+        raise FactError(
+            f"{piece.run['what']} of {fact.text!r} gives {wrong['value'].iloc[0]} in {piece.run['dtype']} at "
+            f"{wrong['site'].iloc[0]}, where a number was expected. Use float32, or options nearer to the defaults."
+        )
 
 
 def _batches(pieces: list[tuple[Fact, Locator]], *, one_by_one: bool) -> list[list[tuple[Fact, Locator]]]:

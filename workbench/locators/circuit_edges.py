@@ -119,11 +119,7 @@ class CircuitEdges(Locator):
     def _footprint(self, lm: LM, fact: Fact) -> Footprint:
         experiment = self._tracing()._experiment(lm, fact)
         answer = experiment.answer
-        if self.score == "logit_diff" and answer.foil_id == answer.ids[0]:
-            raise FactError(
-                f"{answer.text!r} and {answer.foil_text!r} begin with the same token, so their logits do not differ. "
-                "Use the score p_target or logp, or another target_new."
-            )
+        prompt = "" if self.corrupt == "noise" else "".join(experiment.problem.corrupted.texts[0])
         with graph(lm, experiment.problem) as paths:
             gradients = paths.gradients(steps=self.steps)
             edges, strength = self._strongest(paths, gradients)
@@ -143,7 +139,7 @@ class CircuitEdges(Locator):
                 estimated_total=float(by_node[0].sum(-1).mean()),
                 edges=paths.n_edges,
                 sigma=np.nan if experiment.sigma is None else experiment.sigma,
-                corrupted_prompt="" if self.corrupt == "noise" else "".join(experiment.problem.corrupted.texts[0]),
+                corrupted_prompt=prompt,
             )
         return Footprint(
             table=table,
@@ -154,6 +150,7 @@ class CircuitEdges(Locator):
                 unit=f"estimated loss in {self.score}",
                 engine=f"edge attribution, {self.steps} {'step' if self.steps == 1 else 'steps'}",
                 heads_per_key=lm.n_heads // paths.heads["k"],
+                **({"counterfactuals": {fact.id: prompt}} if prompt else {}),
             ),
             extras={"facts": facts, "edges": circuit, "nodes": nodes},
         )

@@ -17,7 +17,7 @@ and there is no early stop, since with these numbers the published one is never 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +40,12 @@ from workbench.sites import Site
 
 LOW, HIGH = -0.1, 1.1
 """How far the gates are stretched before they are clamped, so that 0 and 1 are reached."""
+
+MOST_STEPS = 10_000
+"""More than any mask needs; a slip of the keyboard should not run for hours."""
+
+RANGES: Mapping[str, tuple[float, float]] = {"rate": (1e-12, 10), "penalty": (0, 1e9), "temperature": (1e-3, 1e3)}
+"""What hyperparameters may be; beyond, float32 makes no numbers of the gates, or no difference."""
 
 _SHIFT = math.log(-LOW / HIGH)
 
@@ -74,13 +80,17 @@ class HardConcrete(NeuronLocator):
 
     def __post_init__(self) -> None:
         NeuronLocator.__post_init__(self)
-        if self.steps < 1 or self.neurons < 0:
-            raise FactError(f"steps is {self.steps} and neurons is {self.neurons}, expected 1 or more, and 0 or more.")
-        if not (self.rate > 0 and self.penalty >= 0 and self.temperature > 0 and 0 < self.start < 1):
-            raise FactError(
-                f"rate is {self.rate}, penalty {self.penalty}, temperature {self.temperature} and start {self.start}; expected "
-                "numbers above 0, and a start below 1."
-            )
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise FactError(f"{self.steps} steps were asked for, expected 1 to {MOST_STEPS}.")
+        if self.neurons < 0:
+            raise FactError(f"{self.neurons} neurons were asked for, expected 0 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise FactError(f"The seed is {self.seed}, expected 0 to {2**32 - 1}.")
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise FactError(f"{name} is {getattr(self, name)}, expected {least:g} to {most:g}.")
+        if not 0 < self.start < 1:
+            raise FactError(f"start is {self.start}, expected a share between 0 and 1.")
 
     def neuron_scores(self, lm: LM, fact: Fact) -> Float[Tensor, "layer d_mlp"]:
         """Sigmoid of log alpha, between 0 and 1; float32 on the CPU."""

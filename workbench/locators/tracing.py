@@ -166,6 +166,7 @@ class Tracing(Locator):
                 f"The corrupted run of {fact.text!r} gives no number in {str(lm.dtype).removeprefix('torch.')}. "
                 "Use less noise, or float32."
             )
+        prompt = "" if problem.noise is not None else "".join(problem.corrupted.texts[0])
         table, samples = self._tables(fact, problem.clean, [experiment.cells[i] for i in mine], scores, low)
         if restored.taken is not None:
             table["samples"] = taken.sum(1)
@@ -182,11 +183,12 @@ class Tracing(Locator):
             corrupted_se=standard_error(low[None])[0],
             total_effect=self._sign * (clean - low.mean()),
             sigma=np.nan if experiment.sigma is None else experiment.sigma,
-            corrupted_prompt="" if problem.noise is not None else "".join(problem.corrupted.texts[0]),
+            corrupted_prompt=prompt,
         )
+        swapped = {"counterfactuals": {fact.id: prompt}} if prompt else {}
         return Footprint(
             table=table,
-            run=self._manifest(lm, fact, sigma=experiment.sigma, unit=self._unit, engine=restored.engine),
+            run=self._manifest(lm, fact, sigma=experiment.sigma, unit=self._unit, engine=restored.engine, **swapped),
             extras={"facts": facts, "samples": samples},
         )
 
@@ -313,10 +315,20 @@ def find_answer(lm: LM, fact: Fact, clean: Activations) -> Answer:
 
 
 def with_foil(lm: LM, fact: Fact, answer: Answer, logits: torch.Tensor) -> Answer:
-    """The answer with what it is compared to: the fact's target_new, or the best other token of `logits`."""
-    if fact.target_new:
-        return replace(answer, foil_id=lm.target_ids(fact.text, fact.target_new)[0], foil_text=fact.target_new)
-    return with_best_foil(lm, answer, logits)
+    """The answer with what it is compared to: the fact's target_new, or the best other token of `logits`.
+
+    Raises:
+        FactError: target_new begins with the answer's first token, so that their logits are one.
+    """
+    if not fact.target_new:
+        return with_best_foil(lm, answer, logits)
+    foil = lm.target_ids(fact.text, fact.target_new)[0]
+    if foil == answer.ids[0]:
+        raise FactError(
+            f"{answer.text!r} and {fact.target_new!r} begin with the same token, so their logits do not differ. "
+            "Use another score than logit_diff, or another target_new."
+        )
+    return replace(answer, foil_id=foil, foil_text=fact.target_new)
 
 
 def with_best_foil(lm: LM, answer: Answer, logits: torch.Tensor) -> Answer:
