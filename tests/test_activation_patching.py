@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from tests.examples import EIFFEL, SAID, TURNED, fresh_lm, tiny_lm
-from workbench import zoo
+from workbench import export, zoo
 from workbench.facts import FactError
 from workbench.gradients import estimate_entries, restore_by_gradient
 from workbench.hooks import run
 from workbench.layouts import ModelError
 from workbench.loading import load
 from workbench.locators.activation_patching import ActivationPatching
+from workbench.locators.causal_trace import CausalTrace
+from workbench.locators.circuit_edges import CircuitEdges
 from workbench.models import LM
 from workbench.restoring import Cell, restore_by_loop
 from workbench.sites import KINDS, Site
@@ -212,3 +214,20 @@ def test_rows_come_in_the_order_of_their_kinds(gpt2: LM) -> None:
     found = ActivationPatching(kinds=("z", "resid_pre"), substitutes=(TURNED,))(gpt2, [SAID, EIFFEL])
     assert found.kinds == ("z", "resid_pre")
     assert set(found.kinds) <= set(KINDS)
+
+
+def test_the_protocol_names_the_counterfactual_of_one_fact_and_no_inner_list(gpt2: LM) -> None:
+    patching = ActivationPatching(substitutes=(TURNED, "rich"), kinds=("resid_pre",))
+    one = export.protocol_text(patching(gpt2, [SAID]))
+    assert "Counterfactual prompt “The Tower Eiffel is in”; direction denoise" in one
+    known = zoo.load_facts("organism-tiny")[:4]
+    several = export.protocol_text(ActivationPatching(kinds=("resid_pre",))(load("organism-tiny", device="cpu"), known))
+    assert "Subject swapped for another of equal length; direction denoise" in several
+    assert "relations" not in several
+    assert known[0].relation not in several
+
+
+def test_a_swapped_trace_and_circuit_name_their_counterfactual_too(gpt2: LM) -> None:
+    swap: dict[str, Any] = {"corrupt": "swap", "substitutes": (TURNED,)}
+    for locator in (CausalTrace(kinds=("mlp_out",), window=1, **swap), CircuitEdges(top=5, exact=0, steps=1, **swap)):
+        assert "ounterfactual prompt “The Tower Eiffel is in”" in export.protocol_text(locator(gpt2, [SAID]))

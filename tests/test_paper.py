@@ -79,6 +79,19 @@ def test_a_map_draws_the_table(column: drawing.Column) -> None:
         assert np.array_equal(drawn, result.grid(kind=kind, column=column).to_numpy())
 
 
+def test_shares_of_a_whole_are_drawn_rather_than_raw_scores() -> None:
+    traced = footprint()
+    shares = type(traced)(
+        table=traced.table,
+        run={**traced.run, "unit": "share of the total effect in p"},
+        extras=traced.extras,
+    )
+    for result, column in ((traced, "score"), (shares, "value")):
+        (mesh,) = meshes(paper.heatmap(result, kind="mlp_out"))
+        drawn = np.asarray(mesh.get_array()).reshape(9, 6)
+        assert np.array_equal(drawn, result.grid(kind="mlp_out", column=column).to_numpy())
+
+
 def test_screen_and_paper_agree() -> None:
     result = footprint()
     on_screen = plots.heatmap(result, kind="attn_out").data[0]

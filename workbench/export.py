@@ -211,11 +211,18 @@ def without_times(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _noise(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     if options.get("corrupt") == "swap":
-        return "subject swapped for another of equal length"
+        return _counterfactual(options, run)
     note = f" ({options['sigma_note']})" if options.get("sigma_note") else ""
     per_prompt = ", sigma_t of each prompt" if options.get("sigma_from") == "prompt" else ""
     how = "in the place of" if options.get("replace") else "on"
     return f"noise {_rounded(options['noise'])}{note}{per_prompt} {how} the subject's embeddings"
+
+
+def _counterfactual(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """Of a single fact the other prompt itself, where the manifest has it."""
+    facts = run.get("facts", ())
+    prompt = run.get("counterfactuals", {}).get(facts[0].get("id")) if len(facts) == 1 else None
+    return f"counterfactual prompt “{prompt}”" if prompt else "subject swapped for another of equal length"
 
 
 def _rounded(noise: Any) -> str:
@@ -265,6 +272,7 @@ def _adaptive(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 
 _PHRASES: Mapping[str, Any] = {
     "noise": _noise,
+    "direction": lambda options, run: f"{_counterfactual(options, run)}; direction {options['direction']}",
     "samples": _samples,
     "seed": lambda options, run: f"seed {options['seed']}",
     "window": _window,
@@ -284,6 +292,7 @@ _SILENT = (
     "replace",
     "window_rule",
     "substitutes",
+    "relations",
     "token",
     "screen_more",
 )

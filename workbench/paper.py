@@ -102,7 +102,7 @@ def heatmap(
     kind: str | None = None,
     kinds: Sequence[str] = (),
     fact: str | None = None,
-    column: Column = "score",
+    column: Column | None = None,
     planted: range | None = None,
     shared: bool = True,
     vmin: float | None = None,
@@ -116,7 +116,7 @@ def heatmap(
         kind: one kind, or
         kinds: several; none of both: all kinds that have a map. Side by side, or below each other in a column.
         fact: which fact; None for the only one.
-        column: raw scores, or effects.
+        column: raw scores, or effects; None: effects where they are shares of a whole, else raw scores as ROME draws them.
         planted: layers in which a model is known to hold its facts; marked above the maps.
         shared: one scale for all maps.
         vmin: lower end of the colour scale; None: the corrupted run's score, or an effect of 0 (which is the middle of the scale
@@ -130,7 +130,8 @@ def heatmap(
     chosen = _chosen(kind, kinds, drawing.mapped_kinds(footprint))
     if fact is None and len(footprint.facts) == 1:
         fact = footprint.facts[0]
-    panels = [drawing.panel(footprint, kind=each, fact=fact, column=column) for each in chosen]
+    drawn: Column = column or ("value" if str(footprint.run.get("unit", "")).startswith("share") else "score")
+    panels = [drawing.panel(footprint, kind=each, fact=fact, column=drawn) for each in chosen]
     prompt = drawing.fact_row(footprint, fact).get("prompt", fact)
     return _maps(
         _scaled(panels, shared, vmin, vmax), run=footprint.run, title=f"{footprint.run.get('what', 'Map')}: {prompt}",

@@ -208,6 +208,7 @@ class ActivationPatching(Locator):
             value=(scores - target) / (source - target),
             score=scores,
         )
+        prompt = "".join(other.texts[0])
         facts = fact_row(
             lm,
             pair.fact,
@@ -216,12 +217,16 @@ class ActivationPatching(Locator):
             clean=clean,
             corrupted=corrupted,
             total_effect=clean - corrupted,
-            corrupted_prompt="".join(other.texts[0]),
+            corrupted_prompt=prompt,
         )
-        unit = f"share of the total effect in {self.score}"
-        return Footprint(
-            table=table, run=self._manifest(lm, pair.fact, unit=unit, engine=patched.engine), extras={"facts": facts}
+        told = self._manifest(
+            lm,
+            pair.fact,
+            unit=f"share of the total effect in {self.score}",
+            engine=patched.engine,
+            counterfactuals={pair.fact.id: prompt},
         )
+        return Footprint(table=table, run=told, extras={"facts": facts})
 
 
 def _strongest(lm: LM, problem: Restoration, n: int) -> list[Cell]:

@@ -49,6 +49,9 @@ class SubjectRelation(Tracing):
     corrupt: Literal["noise"] = "noise"
     """Noise alone: a relation has no substitute of equal length."""
 
+    substitutes: tuple[str, ...] = ()
+    """Not used here, since nothing is swapped."""
+
     def _restored(self, lm: LM, experiments: Sequence[Experiment], memory: int | None) -> list[Restored]:
         """Both experiments of each fact, all in one sweep.
 
