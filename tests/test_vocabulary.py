@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -144,11 +145,17 @@ def test_a_stopped_build_leaves_no_index_and_goes_on_after_its_last_layer(gpt2: 
     assert not list(index.folder.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["index.json", "neurons.npy", "values.npy"])
-def test_an_index_of_which_a_file_is_broken_is_none_and_built_again(gpt2: LM, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["index.json", "neurons.npy", "values.npy", "layer-001.npz"])
+@pytest.mark.parametrize("kept", [0, 7, -9, None])
+def test_an_index_of_which_a_file_is_broken_is_none_and_built_again(
+    gpt2: LM, tmp_path: Path, name: str, kept: int | None
+) -> None:
     index, whole = (build_index(gpt2, folder=tmp_path / name) for name in ("one", "other"))
     broken = index.folder / name
-    broken.write_bytes(broken.read_bytes()[:7])
+    if kept is None:
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:kept])
     assert find_index(gpt2, folder=tmp_path / "one") is None
     assert_equal(build_index(gpt2, folder=tmp_path / "one"), whole)
 
@@ -206,3 +213,40 @@ def test_what_does_not_exist_is_refused(gpt2: LM, tmp_path: Path) -> None:
         build_index(gpt2, projection="other")  # type: ignore[arg-type]
     with pytest.raises(VocabularyError, match="expected 1 or more"):
         build_index(gpt2, memory=0)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3"])
+def test_an_index_that_says_nothing_of_itself_is_built_again(gpt2: LM, tmp_path: Path, text: str) -> None:
+    index = build_index(gpt2, folder=tmp_path)
+    (index.folder / "index.json").write_text(text)
+    assert find_index(gpt2, folder=tmp_path) is None
+    assert build_index(gpt2, folder=tmp_path).run == index.run
+
+
+@pytest.mark.parametrize("name", ["state.npz", "layer-000.npz"])
+def test_a_stopped_build_of_which_a_file_is_cut_begins_anew(gpt2: LM, tmp_path: Path, name: str) -> None:
+    def listen(what: str, done: int, total: int) -> None:
+        if done == gpt2.n_layers - 1:
+            raise Cancelled
+
+    with pytest.raises(Cancelled), reporting(listen):
+        build_index(gpt2, folder=tmp_path / "one")
+    (cut,) = (tmp_path / "one").glob(f"*/{name}")
+    cut.write_bytes(cut.read_bytes()[:100])
+    assert_equal(build_index(gpt2, folder=tmp_path / "one"), build_index(gpt2, folder=tmp_path / "other"))
+
+
+def test_a_layer_that_is_damaged_later_is_told_in_a_sentence(gpt2: LM, tmp_path: Path) -> None:
+    index = build_index(gpt2, folder=tmp_path)
+    (index.folder / "layer-001.npz").write_bytes(b"PK")
+    with pytest.raises(VocabularyError, match=r"layer-001\.npz of the index cannot be read"):
+        index.tokens(1, 0)
+
+
+def test_threads_that_build_the_same_index_both_get_it(gpt2: LM, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        built = list(threads.map(lambda _: build_index(gpt2, folder=tmp_path / "one"), range(4)))
+    whole = build_index(gpt2, folder=tmp_path / "other")
+    for index in built:
+        assert_equal(index, whole)
+    assert not list(built[0].folder.glob(".*"))

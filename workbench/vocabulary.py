@@ -11,8 +11,11 @@ The value vector v of a neuron is what a unit of its activation adds to the resi
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import threading
+import uuid
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,13 @@ TOKENS_AT_ONCE = 8192
 
 _FORMAT = 1
 """Counts the layouts of the files; an index of another one is built again."""
+
+
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, RecursionError)
+"""What reading a file raises that somebody cut or changed."""
+
+_BUILDING = threading.Lock()
+"""One index at a time in a process: each takes the memory it was given."""
 
 
 class VocabularyError(InputError):
@@ -118,19 +128,30 @@ class TokenIndex:
         return tokens_table(ids[:, neuron], values[:, neuron])
 
     def _layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(self.folder / _layer_file(layer)) as kept:
-            return kept["ids"], kept["values"]
+        try:
+            ids, values = _arrays(self.folder / _layer_file(layer), "ids", "values")
+        except _UNREADABLE as error:
+            raise VocabularyError(
+                f"{_layer_file(layer)} of the index cannot be read ({type(error).__name__}). Delete {self.folder} and build again."
+            ) from error
+        return ids, values
 
 
 def find_index(
     lm: LM, *, projection: Projection = "normed", tokens: int = 10, neurons: int = 50, folder: Path | None = None
 ) -> TokenIndex | None:
-    """The finished index of these weights, or None; arguments as those of `build_index`."""
+    """The finished index of these weights, or None, also where a file of it is missing or cut; arguments as of `build_index`."""
     where = _folder(lm, projection, tokens, neurons, folder)
     try:
         run = json.loads((where / "index.json").read_text())
         by_token = [np.load(where / f"{name}.npy", mmap_mode="r") for name in ("neurons", "values")]
-    except (OSError, ValueError):
+    except _UNREADABLE:
+        return None
+    sizes = {"n_layers": lm.n_layers, "d_mlp": lm.d_mlp, "d_vocab": lm.d_vocab}
+    whole = isinstance(run, dict) and {name: run.get(name) for name in sizes} == sizes
+    if not (
+        whole and all(part.shape == (lm.d_vocab, neurons) for part in by_token) and _layers_there(where, lm.n_layers)
+    ):
         return None
     return TokenIndex(folder=where, run=run, neurons=by_token[0], values=by_token[1])
 
@@ -165,10 +186,17 @@ def build_index(
     """
     if min(tokens, neurons, memory) < 1:
         raise VocabularyError(f"tokens, neurons and memory are {tokens}, {neurons}, {memory}, expected 1 or more.")
-    found = find_index(lm, projection=projection, tokens=tokens, neurons=neurons, folder=folder)
-    if found is not None:
+    with _BUILDING:
+        found = find_index(lm, projection=projection, tokens=tokens, neurons=neurons, folder=folder)
+        if found is None:
+            _build(lm, projection, tokens, neurons, _folder(lm, projection, tokens, neurons, folder), memory)
+            found = find_index(lm, projection=projection, tokens=tokens, neurons=neurons, folder=folder)
+        assert found is not None
         return found
-    where = _folder(lm, projection, tokens, neurons, folder)
+
+
+def _build(lm: LM, projection: Projection, tokens: int, neurons: int, where: Path, memory: int) -> None:
+    """Writes an index, from where an earlier build was stopped."""
     where.mkdir(parents=True, exist_ok=True)
     width = min(lm.d_mlp, max(1, memory // (8 * lm.d_vocab)))  # values and what topk makes of them, 4 bytes each
     first, top = _state(where, lm.d_vocab, neurons)
@@ -199,9 +227,6 @@ def build_index(
     }
     _put(where / "index.json", (json.dumps(run, indent=1) + "\n").encode())
     (where / "state.npz").unlink(missing_ok=True)
-    index = find_index(lm, projection=projection, tokens=tokens, neurons=neurons, folder=folder)
-    assert index is not None
-    return index
 
 
 def value_vectors(lm: LM, layer: int, neurons: Sequence[int] | slice = slice(None)) -> Float[Tensor, "neuron d_model"]:
@@ -338,18 +363,35 @@ def _merged(
 
 
 def _state(where: Path, d_vocab: int, neurons: int) -> tuple[int, tuple[Tensor, Tensor]]:
-    """How many layers are done, and the tokens' neurons so far."""
-    try:
-        with np.load(where / "state.npz") as kept:
-            return int(kept["layers"]), (torch.from_numpy(kept["values"]), torch.from_numpy(kept["neurons"]))
-    except FileNotFoundError:
-        none = torch.full((neurons, d_vocab), -1, dtype=torch.int32)
-        return 0, (torch.full((neurons, d_vocab), -torch.inf), none)
+    """How many layers are done, and the tokens' neurons so far; none, where a file of them cannot be read."""
+    with contextlib.suppress(*_UNREADABLE):
+        layers, values, which = _arrays(where / "state.npz", "layers", "values", "neurons")
+        if values.shape == which.shape == (neurons, d_vocab) and _layers_there(where, int(layers)):
+            return int(layers), (torch.from_numpy(values), torch.from_numpy(which))
+    none = torch.full((neurons, d_vocab), -1, dtype=torch.int32)
+    return 0, (torch.full((neurons, d_vocab), -torch.inf), none)
+
+
+def _arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Some arrays of a file; numpy would leave one open that it cannot read."""
+    with path.open("rb") as file, np.load(file) as kept:
+        return [kept[name] for name in names]
+
+
+def _layers_there(where: Path, n: int) -> bool:
+    """Whether the files of the first n layers are whole, as far as their lists of contents, which are written last, tell."""
+    with contextlib.suppress(*_UNREADABLE):
+        for layer in range(n):
+            with zipfile.ZipFile(where / _layer_file(layer)) as file:
+                if set(file.namelist()) != {"ids.npy", "values.npy"}:
+                    return False
+        return True
+    return False
 
 
 def _put(path: Path, content: bytes | np.ndarray | Mapping[str, np.ndarray]) -> None:
-    """Writes a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes a file as a whole or not at all, whoever else writes the same."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with temporary.open("wb") as file:
         if isinstance(content, bytes):
             file.write(content)
