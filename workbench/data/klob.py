@@ -8,14 +8,15 @@ Three files, JSON lines as published or JSON lists:
 - `KLoB-u` (unbiasedness): strings of random words; each is a set of its own
 
 Prompts are clozes with the blank `_` or `[MASK]`. A causal model fills in what comes next, so only prompts that end with their
-blank (a full stop may follow) can be asked; others, and those that do not name the subject, are left out and counted.
+blank (a full stop may follow) can be asked; others, those that do not name the subject, and those that stand in their set already
+are left out and counted.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,7 +49,7 @@ class Klob:
     """Facts whose locations are compared within a set; a fact may be in several. Ids are `klob-<letter>-<record>-<wording>`."""
 
     skipped: int
-    """Prompts left out: their blank is not at the end, or the subject is not in them."""
+    """Prompts left out: their blank is not at the end, the subject is not in them, or their set has no other prompt."""
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -64,9 +65,12 @@ def read_klob(path: Path | str, *, limit: int | None = None) -> Klob:
         limit: only the first so many records.
 
     Raises:
-        FactError: the file is missing, holds no such records, or no prompt of it can be asked; the message names the record.
+        FactError: a limit below 1; the file is missing, holds no such records, or no prompt of it can be asked; the message names
+            the record.
     """
     path = Path(path)
+    if limit is not None and limit < 1:
+        raise FactError(f"limit is {limit}, expected 1 or more records, or None for all.")
     records = _records(path)[:limit]
     part = _part(path, records[0])
     sets: list[tuple[Fact, ...]] = []
@@ -83,8 +87,8 @@ def read_klob(path: Path | str, *, limit: int | None = None) -> Klob:
         skipped += left_out
     if not sets:
         raise FactError(
-            f"None of the {skipped} prompts of {path.name} can be asked: the blank (_ or [MASK]) has to be at the end, and the "
-            "subject in the prompt."
+            f"None of the {skipped} prompts of {path.name} can be asked: the blank (_ or [MASK]) has to be at the end, the "
+            "subject in the prompt, and a second prompt beside it in its set."
         )
     return Klob(part=part, sets=tuple(sets), skipped=skipped)
 
@@ -98,7 +102,7 @@ def _records(path: Path) -> list[Any]:
         ) from error
     try:
         whole = text.lstrip().startswith("[")
-        records = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise FactError(f"{path.name} is no JSON: {error}. Give KLoB's JSON lines, or a JSON list.") from error
     if not records:
@@ -122,22 +126,22 @@ def _part(path: Path, record: Any) -> KlobPart:
 
 def _consistency(index: int, record: Any) -> tuple[list[tuple[Fact, ...]], int]:
     """The wordings of one fact as one set; none where fewer than two can be asked, since there is nothing to compare."""
-    subject, relation, answer = record["knowledge"]
+    subject, relation, answer = _texts(record["knowledge"])
     facts = _wordings(f"klob-c-{index}", record["prompts"], subject, relation, answer)
-    usable = tuple(fact for fact in facts if fact)
-    return ([usable] if len(usable) > 1 else []), len(facts) - len(usable)
+    usable = _different(facts)
+    return ([usable], len(facts) - len(usable)) if len(usable) > 1 else ([], len(facts))
 
 
 def _relevance(index: int, record: Any) -> tuple[list[tuple[Fact, ...]], int]:
     """Each wording of the single fact with the chain."""
-    subject, relation, answer = record["single_knowledge"]
-    start, *_, last_relation, end = record["knowledge_chain"]
+    subject, relation, answer = _texts(record["single_knowledge"])
+    start, *_, last_relation, end = _texts(record["knowledge_chain"])
     name = f"klob-r-{index}"
     (chain,) = _wordings(f"{name}-chain", [record["knowlege_chain_prompt"]], start, last_relation, end)
     singles = _wordings(name, record["single_knowlege_prompts"], subject, relation, answer)
-    usable = [fact for fact in singles if fact]
-    sets: list[tuple[Fact, ...]] = [(fact, chain) for fact in usable] if chain else []
-    return sets, len(singles) - len(usable) + (chain is None)
+    usable = [fact for fact in _different(singles) if chain and fact.text != chain.text]
+    sets: list[tuple[Fact, ...]] = [(fact, chain) for fact in usable if chain]
+    return sets, len(singles) - len(sets) + (not sets)
 
 
 def _unbiasedness(index: int, record: Any) -> tuple[list[tuple[Fact, ...]], int]:
@@ -150,17 +154,33 @@ def _unbiasedness(index: int, record: Any) -> tuple[list[tuple[Fact, ...]], int]
 _READ = {"consistency": _consistency, "relevance": _relevance, "unbiasedness": _unbiasedness}
 
 
+def _texts(value: Any) -> list[str]:
+    """A list of texts; a text alone, which has letters to unpack, is none."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise TypeError("expected a list of texts")
+    return value
+
+
+def _different(facts: Sequence[Fact | None]) -> tuple[Fact, ...]:
+    """Those that can be asked; of equal prompts the first."""
+    usable: dict[str, Fact] = {}
+    for fact in facts:
+        if fact:
+            usable.setdefault(fact.text, fact)
+    return tuple(usable.values())
+
+
 def _wordings(name: str, prompts: Any, subject: str, relation: str, answer: str) -> list[Fact | None]:
     """A fact for each prompt; None for one that cannot be asked."""
-    if isinstance(prompts, str) or not all(isinstance(x, str) for x in (*prompts, subject, relation, answer)):
-        raise TypeError("expected a list of prompts and texts")
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("expected a list of prompts")
     return [_asked(f"{name}-{i}", prompt, subject, relation, answer) for i, prompt in enumerate(prompts)]
 
 
 def _asked(name: str, prompt: str, subject: str, relation: str, answer: str) -> Fact | None:
     text, blanks = _ENDS_BLANK.subn("", prompt)
-    at = text.rfind(subject)
-    if not blanks or _BLANK.search(text) or not subject or at < 0 or "{}" in text:
+    places = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
+    if not blanks or _BLANK.search(text) or not subject or not places or "{}" in text:
         return None
-    template = text[:at] + "{}" + text[at + len(subject) :]
+    template = text[: places[-1]] + "{}" + text[places[-1] + len(subject) :]
     return Fact(id=name, subject=subject, prompt=template, target_true=answer, relation=relation)
