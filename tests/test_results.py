@@ -153,6 +153,20 @@ def test_a_damaged_manifest_holds_no_result(tmp_path: Path, text: str) -> None:
         Result.load(tmp_path / "x")
 
 
+def test_a_manifest_that_forgets_a_table_holds_no_result(tmp_path: Path) -> None:
+    _result().save(tmp_path / "x")
+    path = tmp_path / "x" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extras": []}))
+    with pytest.raises(ResultError, match="holds no complete result"):
+        Result.load(tmp_path / "x")
+
+
+def test_a_file_in_a_results_place_makes_room(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    assert Result.load(_result().save(tmp_path / "x")).key == _result().key
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_damaged_table_holds_no_result(tmp_path: Path) -> None:
     _result().save(tmp_path / "x")
     path = tmp_path / "x" / "table.parquet"
@@ -288,6 +302,8 @@ def test_what_does_not_belong_together_is_not_joined() -> None:
         join([_footprint("a"), _footprint("b", weight_hash="0")])
     with pytest.raises(ResultError, match="different what"):
         join([_footprint("a"), _footprint("b", what="Other")])
+    with pytest.raises(ResultError, match=r"different extra tables .*: facts and none"):
+        join([_footprint("a"), replace(_footprint("b"), extras={})])
 
 
 def _save_many(folder: Path) -> None:

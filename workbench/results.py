@@ -82,12 +82,14 @@ class Result:
                 table.to_parquet(new / f"{name}.parquet", index=False)
             manifest = {**self.run, "extras": sorted(self.extras), "class": type(self).__name__}
             (new / "run.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False, default=_plain) + "\n")
-            for attempt in range(_ATTEMPTS):  # another process may write the same result at the same moment
+            for attempt in range(
+                _ATTEMPTS
+            ):  # a file may be there, or another process write the same at the same moment
                 try:
                     new.replace(folder)
                     break
                 except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) or attempt == _ATTEMPTS - 1:
                         raise
                 with contextlib.suppress(FileNotFoundError):
                     folder.replace(Path(temporary) / f"old-{attempt}")
@@ -107,6 +109,8 @@ class Result:
             run.pop("class")
             table = pd.read_parquet(folder / "table.parquet")
             extras = {name: pd.read_parquet(folder / f"{name}.parquet") for name in names}
+            if {path.stem for path in folder.glob("*.parquet")} != {"table", *extras}:
+                raise ValueError("run.json names other tables than there are")
         except (
             OSError,
             ValueError,
@@ -257,6 +261,9 @@ def join(parts: Iterable[R]) -> R:
                 raise ResultError(
                     f"Results of different {name} cannot be joined: {first.run.get(name)} and {part.run.get(name)}."
                 )
+        if set(part.extras) != set(first.extras):
+            tables = [", ".join(sorted(one.extras)) or "none" for one in (first, part)]
+            raise ResultError(f"Results with different extra tables cannot be joined: {tables[0]} and {tables[1]}.")
     if len(parts) == 1:
         return first
     facts = list(
