@@ -94,6 +94,17 @@ def test_batches_do_not_matter(batch_tokens: int, corpus: str, tmp_path: Path, m
     torch.testing.assert_close(found, by_hand(lm, 1, tokens), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+def test_a_gpu_sums_the_same(corpus: str, tmp_path: Path) -> None:
+    lm = fresh_lm("llama")
+    torch.nn.Module.to(lm.model, "cuda")
+    found = second_moments(LM(lm.model, lm.tokenizer), [1], corpus=corpus, tokens=60, folder=tmp_path).matrix(1)
+    torch.testing.assert_close(
+        found, by_hand(tiny_lm("llama"), 1, 60), rtol=1e-2, atol=1e-3 * float(found.diagonal().mean())
+    )
+
+
 def test_float32_is_the_same_to_its_rounding(gpt2: LM, corpus: str, tmp_path: Path) -> None:
     double, single = (
         second_moments(gpt2, [0], corpus=corpus, tokens=40, folder=tmp_path, dtype=dtype).matrix(0)

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
@@ -42,7 +41,7 @@ from workbench.edits import edits_on
 from workbench.errors import InputError
 from workbench.guard import reading
 from workbench.hooks import is_patched, run
-from workbench.models import LM, ModelError, Tokens
+from workbench.models import LM, ModelError, Tokens, unintroduced
 from workbench.progress import track
 from workbench.sites import Site
 from workbench.store import results_folder
@@ -290,7 +289,8 @@ def _cut(lm: LM, text: str, longest: int) -> Iterator[str]:
 
 def _encode(lm: LM, texts: Sequence[str]) -> Tokens:
     """The texts alone, without what an edit puts before prompts."""
-    return Context().run(lm.encode, texts)
+    with unintroduced():
+        return lm.encode(texts)
 
 
 def _batches(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
