@@ -26,6 +26,7 @@ from analyses.fact_sets import nonsense as nonsense_facts
 from analyses.fact_sets import same_subject, spread, unknown_facts, wordings
 from analyses.injection import CHANCE, injection, interval
 from analyses.series import Series, locate_each, top
+from workbench.cli_parts import check_writable, one_sentence
 from workbench.facts import Fact, FactError
 from workbench.loading import load
 from workbench.locators import Locator, all_locators
@@ -295,13 +296,34 @@ def default_locators(lm: LM, names: Sequence[str] = (), *, without: Sequence[str
     """Every method of the workbench, or those of these names, as it is used by default on this model.
 
     Raises:
-        FactError: there is no such method.
+        FactError: there is no such method, or none is left.
     """
+    return [all_locators()[name].fitted(lm) for name in chosen_methods(names, without=without)]
+
+
+def chosen_methods(names: Sequence[str] = (), *, without: Sequence[str] = ()) -> list[str]:
+    """The names of `default_locators`, which are known before a model is loaded; it raises what that does."""
     known = all_locators()
     for name in (*names, *without):
         if name not in known:
             raise FactError(f"There is no method {name!r}. Use one of {', '.join(known)}.")
-    return [cls.fitted(lm) for name, cls in known.items() if (name in names or not names) and name not in without]
+    chosen = [name for name in known if (name in names or not names) and name not in without]
+    if not chosen:
+        raise FactError(f"Without {', '.join(without)} no method is left. Leave out fewer of them.")
+    return chosen
+
+
+def planted_models(names: Sequence[str] = ()) -> list[str]:
+    """These bundled models, or all that the command line takes by default.
+
+    Raises:
+        FactError: one of them is none that facts were planted in.
+    """
+    planted = [name for name in NAMES if organism(name)["band"]]
+    for name in names:
+        if name not in planted:
+            raise FactError(f"{name!r} is no bundled model with planted facts. Use one of {', '.join(planted)}.")
+    return list(names or PLANTED)
 
 
 def ground_truth_markdown(result: Result) -> str:
@@ -364,6 +386,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
+@one_sentence()
 def main(
     out: Annotated[
         Path, typer.Option(help="Folder for the results; a run that was stopped goes on from what is there.")
@@ -379,7 +402,10 @@ def main(
     seed: Annotated[int, typer.Option(help="Which facts, and of the bootstrap.")] = 0,
 ) -> None:
     """Which methods find the planted layers of the bundled models: tables in Markdown, and the results under `out`."""
-    for name in model or PLANTED:
+    check_writable(out)
+    models = planted_models(model or ())
+    chosen_methods(method or (), without=without or ())
+    for name in models:
         lm, known, store = load(name, device="cpu"), load_facts(name), Store(folder=out / "footprints")
         first, stop = organism(name)["band"]
         locators = default_locators(lm, method or (), without=without or ())

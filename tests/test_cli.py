@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_what_the_model_does_not_know_is_said(tmp_path: Path) -> None:
     ]
     ran = call("trace", *QUICK, *asked)
     assert f"the model says '{fact.target_true}'" in ran.output
-    assert "knows 0 of 1 facts" in ran.output
+    assert "knows 0 of 1 fact." in ran.output
 
 
 def test_methods_and_their_options_are_listed() -> None:
@@ -137,9 +138,42 @@ def test_methods_are_compared_and_what_cannot_run_is_told(tmp_path: Path) -> Non
         "compare", "--model", TINY, "--methods", methods, "--limit", "2", "--out", tmp_path, "--figures", "pdf,png"
     )
     assert ran.exit_code == 0, ran.output
+    assert "CausalTrace: 2 facts computed" in ran.output
     assert {path.name for path in tmp_path.iterdir()} == {
         "footprints", "agreement", "agreement.csv", "compare.pdf", "compare.png", "agreement.pdf", "agreement.png"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("methods", ["LogitLens,LogitLens", "LogitLens", "LogitLens,AttentionKnockout,LogitLens"])
+def test_fewer_than_two_different_methods_are_refused_before_the_work(tmp_path: Path, methods: str) -> None:
+    ran = call("compare", "--model", TINY, "--methods", methods, "--limit", "1", "--out", tmp_path)
+    assert ran.exit_code == 2
+    assert ran.output.startswith(f"The methods are {methods.replace(',', ', ')}; expected two different ones")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_lost_its_tables_or_its_place_is_computed_again(tmp_path: Path) -> None:
+    options = ["--model", TINY, "--limit", "1", "--figures", "", "--out", str(tmp_path)]
+    command = ["locate", "DirectLogitAttribution", *options]
+    assert "1 fact computed" in call(*command).output
+    (stored,) = tmp_path.glob("*/run.json")
+    run = json.loads(stored.read_text())
+    stored.write_text(json.dumps({**run, "extras": []}))
+    assert "1 fact computed" in call(*command).output
+    assert json.loads(stored.read_text())["extras"] == run["extras"]
+    shutil.rmtree(stored.parent)
+    stored.parent.write_text("in the way")
+    assert "1 fact computed" in call(*command).output
+    assert Footprint.load(stored.parent).facts
+    assert "Nothing was computed" in call(*command).output
+
+
+def test_the_figure_of_shares_is_drawn_as_the_text_and_the_page_say_them(tmp_path: Path) -> None:
+    settings = ["--limit", "1", "--set", "kinds=resid_pre", "--figures", "svg"]
+    ran = call("locate", "ActivationPatching", "--model", TINY, "--out", tmp_path, *settings)
+    assert ran.exit_code == 0, ran.output
+    (svg,) = tmp_path.glob("*.svg")
+    assert ">share of the total effect<" in svg.read_text().split("</metadata>")[1]
 
 
 def facts_file(folder: Path, n: int) -> Path:
@@ -195,6 +229,7 @@ def test_the_average_writes_its_table_and_figure(tmp_path: Path) -> None:
         (["--prompt", "A b is", "--subject", "b", "--window", "-1"], "Invalid value for '--window'"),
         (["--prompt", "A b is", "--subject", "b", "--figures", "gif"], "Unknown figure format gif"),
         (["--prompt", "A b is", "--subject", "b", "--model", "no/such/folder"], "There is no folder"),
+        (["--prompt", "A b is", "--subject", "b", "--model", "x" * 300], "of 300 characters cannot be a model's name"),
         (["--prompt", "A b is " * 100, "--subject", "b"], "positions"),
         (["--prompt", "A b is", "--subject", "b", "--seed", "-1"], "The seed is -1"),
         (["--prompt", "A b is", "--subject", "b", "--noise", "1e400"], "up to"),

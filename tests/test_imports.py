@@ -75,8 +75,8 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.remote",
         "workbench.zoo.*",  # the scripts that train and verify the bundled models
     ),
-    5: ("analyses",),
-    6: ("pages", "streamlit_app", "workbench.cli", "workbench.cli_parts"),
+    5: ("analyses", "workbench.cli_parts"),
+    6: ("pages", "streamlit_app", "workbench.cli"),
 }
 """A name stands for a module, or for a package with everything inside; `name.*` for everything inside alone.
 

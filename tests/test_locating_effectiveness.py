@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from analyses.fact_sets import nonsense, same_subject, spread, wordings
 from analyses.injection import CHANCE
@@ -18,6 +19,7 @@ from analyses.locating_effectiveness import (
     _relative_deviation,
     _relative_similarity,
     against_band,
+    app,
     area_under_curve,
     default_locators,
     effectiveness_markdown,
@@ -223,3 +225,29 @@ def test_methods_are_chosen_by_name() -> None:
     (trace,) = default_locators(lm, ["CausalTrace"])
     assert isinstance(trace, CausalTrace)
     assert trace.window == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "organism-plain"], "'organism-plain' is no bundled model with planted facts"),
+        (["--model", "nosuch"], "'nosuch' is no bundled model with planted facts"),
+        (["--method", "nosuch"], "There is no method 'nosuch'"),
+        (["--method", "LogitLens", "--without", "LogitLens"], "Without LogitLens no method is left"),
+    ],
+)
+def test_wrong_input_gets_one_sentence_before_a_model_is_loaded(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    ran = CliRunner().invoke(app, ["--out", str(tmp_path), *arguments])
+    assert ran.exit_code == 2
+    assert sentence in ran.output
+    assert len(ran.output.strip().splitlines()) == 1
+
+
+def test_the_command_prints_the_table_of_a_planted_model(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(
+        app, ["--out", str(tmp_path), "--model", "organism-tiny", "--method", "LogitLens", "--facts", "2"]
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "| LogitLens | resid_post |" in ran.output

@@ -12,6 +12,7 @@ from workbench.cli_parts import (
     bundled_facts,
     check_writable,
     choose_facts,
+    counted,
     first_sentence,
     given,
     locate_and_write,
@@ -127,7 +128,7 @@ def facts(
             raise FactError(f"No fact of {model} fits. Try `workbench facts --model {model}` without a filter.")
     for fact in chosen[:limit]:
         typer.echo(f"{fact.id:40} {fact.text} -> {fact.target_true}")
-    typer.echo(f"{len(chosen)} facts" + (f", the first {limit} shown" if limit and limit < len(chosen) else ""))
+    typer.echo(counted(len(chosen), "fact") + (f", the first {limit} shown" if limit and limit < len(chosen) else ""))
 
 
 @app.command()
@@ -204,6 +205,10 @@ def compare(
         chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
         formats, budget = read_formats(figures), read_size(memory)
         names = [name.strip() for name in methods.split(",") if name.strip()] or list(all_locators())
+        if len(set(names)) < max(2, len(names)):
+            raise FactError(
+                f"The methods are {', '.join(names)}; expected two different ones or more, to compare them."
+            )
         lm, ready = prepare(model, chosen, device, dtype, {name: {} for name in names})
         from analyses.locator_agreement import agreement
         from workbench import export, paper
@@ -221,7 +226,9 @@ def compare(
             else:
                 found.append(one)
                 told = one.run["throughput"]
-                typer.echo(f"{name}: {told['facts']} facts computed in {told['seconds']} s{say_left_out(one)}")
+                typer.echo(
+                    f"{name}: {counted(told['facts'], 'fact')} computed in {told['seconds']} s{say_left_out(one)}"
+                )
         if not found:
             raise FactError("None of the methods could locate these facts. The lines above say why.")
         agreed = agreement(found)

@@ -16,6 +16,7 @@ import typer
 from workbench import zoo
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError
+from workbench.layouts import ModelError
 
 if TYPE_CHECKING:
     from workbench.locators import Locator
@@ -88,6 +89,17 @@ def read_settings(method: str, settings: Sequence[str] | None) -> dict[str, Any]
     return values
 
 
+def check_model_name(name: str) -> None:
+    """Raises ModelError where no folder and no model could have this name."""
+    try:
+        Path(name).exists()
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name[:40]!r}... of {len(name)} characters cannot be a model's name. "
+            f"Use a bundled one ({', '.join(zoo.NAMES)}), a folder or a hub name."
+        ) from error
+
+
 def prepare(
     model: str, chosen: Sequence[Fact], device: str, dtype: str, methods: Mapping[str, Mapping[str, Any]]
 ) -> tuple[LM, dict[str, Locator | InputError]]:
@@ -103,6 +115,7 @@ def prepare(
 
     for name, options in methods.items():
         locator_named(name).fitted(None, **options)
+    check_model_name(model)
     lm = load(model, device=device, dtype=dtype)
     for fact in chosen:
         lm.encode([fact])
@@ -164,7 +177,9 @@ def locate_and_write(
         for form in formats:
             figure = _figure(found, name, planted_band(model))
             write_file(out / f"{file_name(name)}.{form}", export.figure_bytes(figure, form))
-    typer.echo(f"\nThe model knows {int(facts['correct'].sum())} of {len(found.facts)} facts{say_left_out(found)}.")
+    typer.echo(
+        f"\nThe model knows {int(facts['correct'].sum())} of {counted(len(found.facts), 'fact')}{say_left_out(found)}."
+    )
     for name, table in found.extras.items():
         if name != "samples":  # every noise sample of every cell; in the stored result
             table.to_csv(out / f"{name}.csv", index=False)
@@ -186,6 +201,11 @@ def _figure(found: Footprint, fact: str, planted: range | None) -> Any:
         return paper.heatmap(found, fact=fact, planted=planted)
     rows = found.of(fact=fact)
     return paper.compare([dataclasses.replace(found, table=rows)], planted=planted)
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, e.g. `1 fact` or `2 facts`."""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def first_sentence(cls: type[Locator]) -> str:
