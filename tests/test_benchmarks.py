@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.benchmarks import profile, sweep
+from tests.benchmarks import locators, profile, sweep
 from tests.benchmarks.floor import Sizes, floor_work, rome_work
 from tests.benchmarks.meters import costs_apart, flops, work
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
@@ -156,6 +156,23 @@ def test_wrong_options_are_refused_with_a_sentence(wrong: list[str]) -> None:
     result = CliRunner().invoke(sweep.app, wrong)
     assert result.exit_code == 2
     assert wrong[1] in result.output
+
+
+@pytest.mark.parametrize("wrong", [["--methods", "LogitLens,Guess"], ["--models", "gpt5"]])
+def test_a_method_or_model_that_there_is_not_is_refused_before_anything_is_timed(wrong: list[str]) -> None:
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(locators.app, [*wrong, "--threads", str(threads + 1)])
+    assert result.exit_code == 2
+    assert wrong[1].split(",")[-1] in result.output
+    assert torch.get_num_threads() == threads
+
+
+def test_every_method_of_a_model_is_a_line_of_the_table() -> None:
+    threads = torch.get_num_threads()
+    options = ["--models", "organism-tiny", "--methods", "LogitLens", "--facts", "1", "--threads", str(threads)]
+    result = CliRunner().invoke(locators.app, options, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.output.splitlines()[-1].startswith("| organism-tiny | LogitLens | ")
 
 
 def test_work_and_memory_are_measured_in_a_process_of_its_own() -> None:
