@@ -220,8 +220,9 @@ def test_the_protocol_names_the_counterfactual_of_one_fact_and_no_inner_list(gpt
     patching = ActivationPatching(substitutes=(TURNED, "rich"), kinds=("resid_pre",))
     one = export.protocol_text(patching(gpt2, [SAID]))
     assert "Counterfactual prompt “The Tower Eiffel is in”; direction denoise" in one
-    known = zoo.load_facts("organism-tiny")[:4]
-    several = export.protocol_text(ActivationPatching(kinds=("resid_pre",))(load("organism-tiny", device="cpu"), known))
+    lm, known = load("organism-tiny"), zoo.load_facts("organism-tiny")
+    many = ActivationPatching(kinds=("resid_pre",)).resolved(lm, known)
+    several = export.protocol_text(many(lm, known[:2]))
     assert "Subject swapped for another of equal length; direction denoise" in several
     assert "relations" not in several
     assert known[0].relation not in several
