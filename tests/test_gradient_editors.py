@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,18 +14,24 @@ import torch
 from torch import Tensor
 
 from tests.examples import EIFFEL, SAID, fresh_lm, tiny_lm
+from workbench.data import read_facts
 from workbench.directions import unembedding
+from workbench.editors import mend
 from workbench.editors._gradients import Lesson, down_projection, is_transposed, put, shadow
 from workbench.editors.ada_lora import AdaLora
 from workbench.editors.base import Editor
 from workbench.editors.fine_tune import FineTune
 from workbench.editors.knowledge_neuron_edit import KnowledgeNeuronEdit, refined
 from workbench.editors.lora import Lora, attention_matrices
+from workbench.editors.mend import Mend, Networks, _rowwise, draw, factors, kept_out, mlp_matrices
 from workbench.edits import Edit, EditError, LowRank
 from workbench.facts import Fact, FactError
-from workbench.hooks import run
+from workbench.hooks import beside, run
 from workbench.layouts import ModelError
+from workbench.loading import load
 from workbench.models import LM
+from workbench.progress import Cancelled, reporting
+from workbench.zoo import load_facts
 
 TOWER = replace(SAID, target_new="Rome")
 LONG = replace(EIFFEL, id="long", target_new="Los Angeles Lakers")
@@ -354,3 +363,185 @@ def test_options_that_adapters_cannot_have() -> None:
         AdaLora(r=12)
     with pytest.raises(FactError, match="settle"):
         AdaLora(steps=10)
+
+
+# --- MEND ---
+
+SHORT = Mend(steps=3, batch=2, rank=8)
+"""Trained for an instant."""
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where networks are kept during a test."""
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path))
+    return tmp_path / "mend"
+
+
+@pytest.fixture(scope="module")
+def organism() -> LM:
+    return load("organism-tiny")
+
+
+@pytest.mark.parametrize("family", [*SOME, "opt"])
+def test_factors_of_tokens_multiply_to_the_gradient(family: str) -> None:
+    """Of each matrix of the MLP: the sum over tokens of delta u^T is autograd's gradient of the weight."""
+    lm = tiny_lm(family)
+    lesson = Lesson.of(lm, [TOWER.text, LONG.text], ["Rome", LONG.target_new or ""])
+    matrices = mlp_matrices(lm, [1, 3])
+    assert down_projection(lm, 1) in matrices
+    assert not any(lm.layout.attn in path.split(".") for path in matrices)
+    names = {path: f"{path}.weight" for path in matrices}
+    zero = {name: torch.zeros_like(lm.model.get_parameter(name), requires_grad=True) for name in names.values()}
+    with put(lm, zero):
+        gradients = torch.autograd.grad(lesson.loss(lm).sum(), list(zero.values()))
+    found = factors(lm, lesson, list(matrices))
+    for (path, module), gradient in zip(matrices.items(), gradients, strict=True):
+        u, delta, there = found[path]
+        product = delta[there].T @ u[there]
+        torch.testing.assert_close(product.T if is_transposed(module) else product, gradient, rtol=1e-4, atol=1e-5)
+        assert not delta[~there].any() or not u[~there].any()
+
+
+def test_the_network_starts_as_the_identity_of_what_is_normalised(gpt2: LM) -> None:
+    matrices = mlp_matrices(gpt2, [1, 2])
+    networks = Networks(matrices, rank=4, rate=0.5, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    path = down_projection(gpt2, 1)
+    met = []
+    for n in (3, 1, 5):  # batches whose statistics have to be joined
+        u, delta = (2 + 3 * torch.randn(1, n, width, generator=generator) for width in (gpt2.d_mlp, gpt2.d_model))
+        there = torch.ones(1, n, dtype=torch.bool)
+        there[0, -1] = n == 1
+        networks(path, u, delta, there)
+        met.append(torch.cat([u, delta], -1)[there])
+    deviation, mean = torch.std_mean(torch.cat(met), 0)
+    with torch.no_grad():
+        new_u, new_delta = networks.eval()(path, u, delta, there)
+        again, _ = networks(path, u, delta, there)
+    expected = (torch.cat([u, delta], -1) - mean) / deviation * there[..., None]
+    torch.testing.assert_close(torch.cat([new_u, -new_delta / 0.5], -1), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again, new_u)
+
+
+def test_each_row_of_a_batch_runs_with_its_own_change(gpt2: LM) -> None:
+    """As the same prompt does alone with that change of the weights."""
+    matrices = mlp_matrices(gpt2, [2, 3])
+    generator = torch.Generator().manual_seed(0)
+    changed: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, module in matrices.items():
+        d_in, d_out = module.get_parameter("weight").shape
+        u, delta = (0.3 * torch.randn(2, 5, width, generator=generator) for width in (d_in, d_out))
+        changed[path] = u, delta
+    tokens = gpt2.encode([EIFFEL, TOWER, EIFFEL])
+    with beside(gpt2, _rowwise(changed, [0, 1, 1])):
+        together = run(gpt2, tokens).last_logits
+    for row, edit in enumerate([0, 1, 1]):
+        dense_changes = {f"{path}.weight": u[edit].T @ delta[edit] for path, (u, delta) in changed.items()}
+        with put(gpt2, dense_changes):
+            alone = run(gpt2, gpt2.encode([[EIFFEL, TOWER, EIFFEL][row]])).last_logits[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(together[0], together[2], atol=0.1)
+
+
+def test_a_trained_network_is_kept_and_edits_have_few_ranks(organism: LM, kept: Path) -> None:
+    fact = load_facts("organism-tiny")[0]
+    hashed = organism.weight_hash
+    edit = SHORT(organism, [fact])
+    (file,) = kept.glob("*/network.safetensors")
+    written = file.stat().st_mtime_ns
+    assert SHORT(organism, [fact]).key == edit.key
+    assert file.stat().st_mtime_ns == written
+    organism._hashed = None
+    assert organism.weight_hash == hashed
+    assert not any(parameter.grad is not None for parameter in organism.model.parameters())
+    n_tokens = int(organism.encode([fact], targets=[fact.target_new or ""]).mask.sum())
+    assert set(edit.changes) == {f"{path}.weight" for path in mlp_matrices(organism, [1, 2, 3])}
+    for name, change in edit.changes.items():
+        assert isinstance(change, LowRank)
+        assert change.rank <= n_tokens
+        assert torch.linalg.matrix_rank(change.dense()) <= n_tokens
+        assert change.dense().shape == organism.model.get_parameter(name).shape
+    replace(SHORT, seed=1)(organism, [fact])
+    assert len([*kept.iterdir()]) == 2
+
+
+def test_training_that_was_stopped_goes_on(organism: LM, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fact = load_facts("organism-tiny")[0]
+    whole = SHORT(organism, [fact])
+    (file,) = kept.glob("*/network.safetensors")
+    file.unlink()
+    monkeypatch.setattr(mend, "SAVE_EVERY", 1)
+    steps: list[int] = []
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Cancelled
+
+    def count(what: str, done: int, total: int) -> None:
+        steps.append(total)
+
+    with pytest.raises(Cancelled), reporting(stop):
+        SHORT(organism, [fact])
+    with reporting(count):
+        resumed = SHORT(organism, [fact])
+    assert set(steps) == {1}
+    for name in whole.changes:
+        torch.testing.assert_close(dense(resumed, name), dense(whole, name))
+
+
+def test_the_change_of_several_facts_is_the_sum_of_theirs(organism: LM, kept: Path) -> None:
+    facts = load_facts("organism-tiny")[:2]
+    both, *alone = (SHORT(organism, some) for some in (facts, facts[:1], facts[1:]))
+    for name in both.changes:
+        torch.testing.assert_close(dense(both, name), dense(alone[0], name) + dense(alone[1], name))
+
+
+def test_an_edit_upon_an_edit_uses_the_network_of_the_bare_model(organism: LM, kept: Path) -> None:
+    facts = load_facts("organism-tiny")[:2]
+    first = SHORT(organism, facts[:1])
+    both = SHORT(organism, facts[1:], after=first)
+    assert len([*kept.iterdir()]) == 1
+    assert both.base == first.base
+
+
+def test_a_little_training_teaches_to_edit(organism: LM, kept: Path) -> None:
+    """A fact that no training step saw, and its paraphrases; other prompts keep their answers."""
+    fact = next(fact for fact in load_facts("organism-tiny") if kept_out(fact))
+    edit = Mend(steps=8, batch=3, rank=64)(organism, [fact])
+    assert edit.run["seen"] == []
+    before = p_new(organism, fact)
+    others = organism.encode([probe.prompt for probe in fact.neighbors])
+    said = run(organism, others).last_logits.argmax(-1)
+    with edit.on(organism):
+        assert p_new(organism, fact) > max(0.3, 10 * before)
+        assert float((run(organism, others).last_logits.argmax(-1) == said).double().mean()) > 0.6
+
+
+def test_what_is_drawn_for_training_is_no_true_answer() -> None:
+    facts = load_facts("organism-tiny")
+    draws = random.Random(0)
+    for _ in range(200):
+        drawn = draw(draws, facts)
+        fact = next(fact for fact in facts if fact.text == drawn.prompt)
+        assert drawn.answer not in (fact.target_true, fact.target_new)
+        answers = {other.target_true for other in facts if other.relation == fact.relation}
+        answers -= {fact.target_true, fact.target_new}
+        assert drawn.answer in answers or not answers
+        assert drawn.paraphrase in fact.paraphrases
+        assert len(drawn.alone) == 1 + bool(fact.neighbors) + bool(fact.locality)
+    assert 0.1 < np.mean([kept_out(fact) for fact in facts]) < 0.4
+
+
+def test_an_unknown_model_needs_facts_to_train_on(gpt2: LM, kept: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="data"):
+        SHORT(gpt2, [TOWER])
+    file = tmp_path / "facts.json"
+    rows = [
+        {"id": f"{i}", "subject": f"Big Ben {i}", "prompt": "{} is in", "target_true": city, "relation": "in"}
+        for i, city in enumerate(["Paris", "Rome", "Berlin", "Madrid", "London", "Seattle"])
+    ]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    edit = replace(SHORT, data=str(file))(gpt2, [TOWER, LONG])
+    assert len(edit.changes) == 6
+    assert edit.run["trained"]["facts"] == sum(not kept_out(fact) for fact in read_facts(file))
