@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # idle threads of torch sleep instead of keeping the page's script waiting
 
 import streamlit as st
+
+from pages import _parts as parts
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4" shape-rendering="crispEdges">
 <path fill="#dce6ef" d="M0 0h4v4H0z"/><path fill="#9dbad3" d="M0 1h1v1H0zm3 2h1v1H3z"/>
@@ -19,11 +20,5 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 4" shape-render
 st.set_page_config(page_title="Knowledge location workbench", page_icon=ICON, layout="wide")
 st.html("<style>.stMainBlockContainer {padding-top: 3.5rem; max-width: 90rem}</style>")
 
-files = sorted(Path(__file__).parent.glob("pages/[0-9]*_*.py"))
-pages = [
-    st.Page(
-        file, title=file.stem.partition("_")[2].replace("_", " ").capitalize(), url_path=file.stem.partition("_")[2]
-    )
-    for file in files
-]
-st.navigation(pages, position="top").run()
+st.session_state["in_app"] = True
+parts.navigation().run()

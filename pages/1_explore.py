@@ -127,7 +127,7 @@ def show_maps(asked: Asked, footprint: Footprint) -> None:
             )
     if band is not None:
         st.caption(
-            f"Planted, layers {band[0]} to {band[-1]}: training put this model's facts into the MLPs of these layers. "
+            f"Planted, {parts.layer_range(band)}: training put this model's facts into the MLPs there. "
             "On other models nobody knows the place beforehand."
         )
 
@@ -227,5 +227,6 @@ def show_page() -> None:
             )
 
 
+parts.run_in_app()
 show_page()
 parts.page_is_drawn()

@@ -48,7 +48,7 @@ def choose_other(choice: ModelChoice, fact: Fact) -> dict[str, Any]:
     model = parts.model_of(choice)
     proposed = proposals_cached(model.result, fact, choice.name, fact.text) if model.status.state == "done" else ()
     chosen = st.session_state.get("substitutes") or st.query_params.get("substitutes")
-    if not chosen:
+    if st.session_state.get("substitutes") == "":
         st.session_state["substitutes"] = None  # an opened question without one has an empty text
     subject = st.selectbox(
         "Counterfactual subject",
@@ -169,7 +169,7 @@ def show_maps(asked: Asked, footprint: Footprint) -> None:
             show_neurons(asked, footprint)
     if band is not None:
         st.caption(
-            f"Planted, layers {band[0]} to {band[-1]}: training put this model's facts into the MLPs of these layers. "
+            f"Planted, {parts.layer_range(band)}: training put this model's facts into the MLPs there. "
             "On other models nobody knows the place beforehand."
         )
 
@@ -299,5 +299,6 @@ def draw_paper(footprint: Footprint, band: range | None) -> paper.PaperFigure:
     return paper.heatmap(footprint, kinds=kinds, column="value", planted=band, vmin=low, vmax=high)
 
 
+parts.run_in_app()
 show_page()
 parts.page_is_drawn()

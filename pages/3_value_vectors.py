@@ -63,13 +63,13 @@ Reading = Literal["normed", "plain"]
 READINGS: Mapping[Reading, str] = {"normed": "Through the final norm", "plain": "Without the norm"}
 
 COLUMNS: Mapping[str, Any] = {
-    "neuron": st.column_config.TextColumn("Neuron", width=78, help="Layer and number, both counted from 0."),
-    "k": st.column_config.NumberColumn("k", format="%.3f", width=64, help="The neuron's activation at this token."),
+    "neuron": st.column_config.TextColumn("Neuron", width=68, help="Layer and number, both counted from 0."),
+    "k": st.column_config.NumberColumn("k", format="%.3f", width=58, help="The neuron's activation at this token."),
     "contribution": st.column_config.NumberColumn(
-        "Contribution", format="%+.3f", width=94, help="k times the value vector's effect on the answer's logit."
+        "Contribution", format="%+.3f", width=86, help="k times the value vector's effect on the answer's logit."
     ),
     "share": st.column_config.NumberColumn(
-        "Share", format="percent", width=64, help="Of the sum of the sizes of all contributions in its layer."
+        "Share", format="percent", width=58, help="Of the sum of the sizes of all contributions in its layer."
     ),
     "value": st.column_config.NumberColumn(
         "Value", format="%+.3f", width=72, help="What a unit of activation adds to the token's logit, before the norm's divisor."
@@ -77,8 +77,8 @@ COLUMNS: Mapping[str, Any] = {
     "rank": st.column_config.NumberColumn(
         "Rank", width=60, help="The token's place among all that the neuron promotes; 0 is the first, empty is far down."
     ),
-    "promoted": st.column_config.TextColumn("Promotes", width="medium", help="When the activation is positive."),
-    "suppressed": st.column_config.TextColumn("Suppresses", width="medium", help="When the activation is positive."),
+    "promoted": st.column_config.TextColumn("Promotes", width=125, help="When the activation is positive."),
+    "suppressed": st.column_config.TextColumn("Suppresses", width=125, help="When the activation is positive."),
 }  # fmt: skip
 """How the tables of neurons are shown."""
 
@@ -166,6 +166,7 @@ def show_table(table: pd.DataFrame, *, source: str, key: str, order: Sequence[st
         hide_index=True,
         height=36 + 35 * min(len(table), 10),
         row_height=35,
+        placeholder="",
         on_select=partial(pick_row, key, source, neurons),
         selection_mode="single-row",
     )
@@ -218,7 +219,7 @@ def show_figure(asked: Asked, footprint: Footprint) -> None:
     )
     words = "Bars: all neurons of a layer together, with the bias. Dots: single neurons; click one."
     if band is not None:
-        words += f" Planted, {parts.layer_range(band)}: training put this model's facts into the MLPs of these layers."
+        words += f" Planted, {parts.layer_range(band)}: training put this model's facts into the MLPs there."
     st.caption(words)
 
 
@@ -520,5 +521,6 @@ def show_page() -> None:
         )
 
 
+parts.run_in_app()
 show_page()
 parts.page_is_drawn()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import streamlit as st
@@ -158,7 +159,7 @@ def show_comparison(asked: Sequence[Asked], there: Mapping[str, Footprint], *, i
         return
     st.caption(
         f"{words_of(table)} Each series is divided by its largest size, since methods have different units; layers count from 0."
-        + (f" Planted, layers {band[0]} to {band[-1]}: where training put this model's facts." if band else "")
+        + (f" Planted, {parts.layer_range(band)}: where training put this model's facts." if band else "")
     )
     parts.show_downloads(
         table,
@@ -270,12 +271,9 @@ def show_page() -> None:
         own = [one for one in asked if one.method in parts.PAGES and one.method in there]
         if own:
             with st.container(horizontal=True, vertical_alignment="center"):
-                st.caption("Look closer:", width="content")
+                st.caption("Look closer:", width=90)
                 for one in own:
-                    st.button(
-                        parts.method_words(one.method), key=f"closer-{one.method}", type="tertiary",
-                        on_click=parts.go_to, args=(one,),
-                    )  # fmt: skip
+                    st.page_link(Path(__file__).parent / parts.PAGES[one.method], label=parts.method_words(one.method))
     with right:
         parts.show_predictions(found)
     if there:
@@ -286,5 +284,6 @@ def _range(band: tuple[int, ...]) -> range | None:
     return range(band[0], band[-1] + 1) if band else None
 
 
+parts.run_in_app()
 show_page()
 parts.page_is_drawn()

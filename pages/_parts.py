@@ -11,6 +11,7 @@ A page on one method is made like this (`1_explore.py`):
 from __future__ import annotations
 
 import gc
+import math
 import re
 import sys
 import threading
@@ -25,6 +26,8 @@ import streamlit as st
 from plotly.graph_objects import Figure
 from streamlit import config
 from streamlit.errors import StreamlitAPIException
+from streamlit.navigation.page import StreamlitPage
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from analyses.explore_fact import Lens, Look, default_site, lens_at, look
 from workbench import drawing, export, plots, zoo
@@ -84,10 +87,36 @@ SCORES = {
 }
 """Scores inside of a sentence."""
 
+REQUIRED = ("how", "occurrence", "read", "form", "over")
+"""Widgets that always have a value, whatever the URL says."""
+
 config.set_option("global.disableWidgetStateDuplicationWarning", True)
 """An opened trace is put into widgets that have defaults; a widget needs its default to keep it out of the URL."""
 
 _importing, _drawn = threading.Lock(), threading.Event()
+
+
+# -- the app -----------------------------------------------------------------------------------------------------------
+
+
+def navigation() -> StreamlitPage:
+    """The app's pages, each a file `pages/<n>_<name>.py`; the one that is asked for comes back."""
+    names = {file: file.stem.partition("_")[2] for file in sorted(Path(__file__).parent.glob("[0-9]*_*.py"))}
+    return st.navigation(
+        [st.Page(file, title=name.replace("_", " ").capitalize(), url_path=name) for file, name in names.items()],
+        position="top",
+    )
+
+
+def run_in_app() -> None:
+    """Has a page that was started alone started by the app instead; the URL stays.
+
+    Until a server has seen `st.navigation`, Streamlit takes a folder called pages for an app of its own, and a page that is
+    opened by its address runs without `streamlit_app.py`.
+    """
+    if "in_app" not in st.session_state:
+        navigation()
+        st.rerun()
 
 
 # -- what a process has once -------------------------------------------------------------------------------------------
@@ -180,8 +209,10 @@ def choose_model() -> ModelChoice:
         accept_new_options=True,
         help="A bundled model, or type the name of a model on the hub or the path of a folder written by save_pretrained.",
     )
-    dtype = st.session_state.get("dtype") or st.query_params.get("dtype")  # its widget is drawn later
-    return ModelChoice(name=str(name or zoo.NAMES[0]), dtype=dtype if dtype in PRECISIONS else PRECISIONS[0])
+    asked = st.session_state.get("dtype") or st.query_params.get("dtype")  # its widget is drawn later
+    dtype = asked if asked in PRECISIONS else PRECISIONS[0]
+    st.session_state["question"] = {"model": name, "dtype": dtype}
+    return ModelChoice(name=str(name or zoo.NAMES[0]), dtype=dtype)
 
 
 def choose_precision() -> None:
@@ -227,6 +258,7 @@ def choose_fact(model: str) -> Fact:
         )
         _tidy("prompt", "subject", "answer", "occurrence")
         label = label or first
+        st.session_state["question"] |= {"how": KNOWN, "fact": label}
         if asked and asked not in known:
             st.session_state["no_fact"] = asked, model, label
         unknown, *instead = st.session_state.get("no_fact", ("",))
@@ -256,6 +288,9 @@ def choose_fact(model: str) -> Fact:
         placeholder="what the model says",
         help="The answer that is traced. Empty: the model's most probable next token.",
     )
+    st.session_state["question"] |= {"prompt": text, "subject": subject, "answer": answer}
+    if known:
+        st.session_state["question"]["how"] = OWN
     subject = (subject or "").strip() or guess
     which = "last"
     if subject and text.count(subject) > 1:
@@ -267,6 +302,7 @@ def choose_fact(model: str) -> Fact:
             bind="query-params",
             required=True,
         )
+        st.session_state["question"]["occurrence"] = which
     return Fact.typed(
         text=text, subject=subject, target_true=answer or "", occurrence="first" if which == "first" else "last"
     )
@@ -312,6 +348,8 @@ def _as_typed(field: FormField, value: Any) -> Any:
     """A field's value as its widget holds it."""
     if field.type == "texts":
         return ", ".join(value or ())
+    if field.type == "choices":
+        return list(value)
     return str(value) if field.type == "text" else value
 
 
@@ -385,7 +423,9 @@ def go_to(asked: Asked) -> None:
 
 
 def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
-    """Opens the question of `go_to`, if any: on the page of its method, in the widgets and in the URL. To be called first of all.
+    """What a page begins with, before its widgets: the question of `go_to` is opened, or that of the page before stays.
+
+    Model and fact go along from page to page, and a page that is come back to with them shows the same site again.
 
     Args:
         method: whose page it is; None for the comparison, which is the page of all methods without one.
@@ -394,10 +434,19 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
     st.session_state["noted"] = {}
     _note(workshop().jobs())
     here = PAGES.get(method or "", COMPARISON)
+    _drop_nonsense(fields)
+    if _is_history():
+        st.session_state["site"] = None
     came_from, st.session_state["page"] = st.session_state.get("page", here), here
-    if came_from != here:  # model and fact go along; options of the same name do not
-        st.session_state.update({"site": None, **{field.name: _as_typed(field, field.default) for field in fields}})
-        _tidy("site", *(field.name for field in fields))
+    if came_from != here:  # options of the same name do not go along
+        question, sites = st.session_state.get("question", {}), st.session_state.setdefault("sites", {})
+        sites[came_from] = question, st.session_state.pop("site", None)
+        was_asked, site = sites.get(here, ({}, None))
+        for field in fields:
+            st.session_state.pop(field.name, None)
+        if not _is_history():
+            _tidy("site", *(field.name for field in fields))
+            _fill({**question, "site": site if was_asked == question else None}, _defaults(fields))
     asked: Asked | None = st.session_state.get("going_to")
     if asked is None:
         return None
@@ -425,19 +474,53 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
         if name not in values:
             st.session_state.pop(name, None)
             _tidy(name)
-    _fill(values)
+    _fill(values, _defaults(fields))
     return asked
 
 
-def _fill(values: Mapping[str, Any]) -> None:
-    """Puts values into widgets that are not drawn yet, and into the URL."""
+def _is_history() -> bool:
+    """Whether the browser goes back or forward: then the URL says everything, also what it does not name."""
+    context = get_script_run_ctx()
+    return context is not None and context.is_history_navigation
+
+
+def _drop_nonsense(fields: Sequence[FormField]) -> None:
+    """Runs the page again without what stands in the URL and no widget can be given."""
+    nonsense = [name for name in REQUIRED if st.query_params.get(name) == ""]
+    for field in fields:
+        if field.type in ("integer", "number"):
+            with suppress(ValueError):  # of what is no number, Streamlit keeps the default itself
+                if not math.isfinite(float(st.query_params.get(field.name, "0"))):
+                    nonsense.append(field.name)
+    _tidy(*nonsense)
+    if any(name not in st.query_params for name in nonsense):
+        st.rerun()
+
+
+def _defaults(fields: Sequence[FormField]) -> dict[str, Any]:
+    """What widgets hold that the URL does not name."""
+    question = {"model": zoo.NAMES[0], "dtype": PRECISIONS[0], "how": KNOWN, "prompt": SENTENCE, "occurrence": "last"}
+    return {**question, **{field.name: _as_typed(field, field.default) for field in fields}}
+
+
+def _fill(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Puts values into widgets that are not drawn yet, and into the URL what differs from their defaults."""
+    named: dict[str, Any] = {}
     for name, value in values.items():
-        st.session_state[name] = value
-        if value in (None, ""):
+        if value in (None, "") and not st.session_state.get(name):
+            st.session_state.pop(name, None)  # a widget that is told to be empty would say so in the URL
+        else:
+            st.session_state[name] = value
+        if value in (None, "", defaults.get(name)):
             _tidy(name)
         else:
-            with suppress(StreamlitAPIException):  # Streamlit itself writes what a widget on the page is bound to
-                st.query_params[name] = list(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            named[name] = list(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    try:
+        st.query_params.update(named)  # at once: every change is a step of the browser's history
+    except StreamlitAPIException:  # Streamlit itself writes what a widget on the page is bound to
+        for name, value in named.items():
+            with suppress(StreamlitAPIException):
+                st.query_params[name] = value
 
 
 def _tidy(*names: str) -> None:
@@ -751,6 +834,7 @@ def chosen_site(footprint: Footprint) -> tuple[Site, bool]:
     with suppress(InputError):
         site = Site.parse(chosen) if chosen else None
         if site is not None and (footprint.table["site"] == str(site)).any():
+            st.session_state["site"] = str(site)
             return site, True
     return default_site(footprint), False
 

@@ -333,6 +333,60 @@ def test_an_earlier_question_opens_on_the_page_of_its_method(tiny_folder: Path, 
     assert app.selectbox(key="direction").value == "noise"
 
 
+def test_a_page_that_a_new_server_shows_first_is_in_the_app() -> None:
+    app = open_page("value_vectors", model="organism-tiny")
+    assert not app.exception
+    assert "What do the neurons write?" in texts(app)
+    assert app.session_state["in_app"]
+    assert app.selectbox(key="model").value == "organism-tiny"
+
+
+@pytest.mark.parametrize(
+    "query", [{"model": "organism-tiny", "fact": "Iceland, capital"}, {"prompt": SENTENCE, "answer": "Rome"}]
+)
+def test_the_question_of_a_link_goes_along_to_every_page(query: dict[str, str]) -> None:
+    app = open_page("compare_locators", **query, how=_how(query))
+    for page in ("2_patch_two_prompts", "4_compare_locators", "3_value_vectors", "1_explore"):
+        app.query_params.clear()
+        app.switch_page(f"pages/{page}.py").run()
+        assert not app.exception
+        for name, value in query.items():
+            (widget,) = [one for one in [*app.selectbox, *app.text_input] if one.key == name]
+            assert widget.value == value
+
+
+def _how(query: dict[str, str]) -> str:
+    return "A known fact" if "fact" in query else "My own sentence"
+
+
+def test_a_page_that_is_come_back_to_shows_the_same_site(tiny_folder: Path, results: Path) -> None:
+    options = {"substitutes": ("Tower Eiffel",), "kinds": ("mlp_out",)}
+    fact = Fact.typed(text=SENTENCE, subject="Eiffel Tower")
+    Asked(model=str(tiny_folder), fact=fact, method="ActivationPatching", options=options).compute(
+        fresh_lm("gpt2"), Store(folder=results)
+    )
+    asked = {"model": tiny_folder, "prompt": SENTENCE, "subject": "Eiffel Tower"}
+    app = open_page("patch_two_prompts", **asked, substitutes="Tower Eiffel", kinds=["mlp_out"], site="L1.mlp_out@2")
+    assert "`L1.mlp_out@2`" in texts(app)
+    app.query_params.clear()
+    app.switch_page("pages/1_explore.py").run()
+    assert "L1.mlp_out@2" not in texts(app)
+    app.query_params.clear()
+    app.switch_page("pages/2_patch_two_prompts.py").run()
+    assert app.query_params["site"] == "L1.mlp_out@2"
+
+
+@pytest.mark.parametrize("page", ["explore", "patch_two_prompts", "value_vectors"])
+def test_nonsense_in_an_address_is_as_if_it_were_not_there(page: str) -> None:
+    names = ("window", "samples", "neurons", "tokens")
+    app = open_page(page, **dict.fromkeys(names, "1e999"), read="", how="", model="organism-tiny")
+    plain = open_page(page, model="organism-tiny")
+    assert not app.exception
+    assert [one.value for one in app.number_input] == [one.value for one in plain.number_input]
+    assert [one.value for one in app.segmented_control] == [one.value for one in plain.segmented_control]
+    assert [one.key for one in app.selectbox] == [one.key for one in plain.selectbox]
+
+
 def test_methods_are_compared_and_one_that_fails_stops_no_other(tiny_folder: Path, results: Path) -> None:
     query: dict[str, Any] = {"model": tiny_folder, "prompt": SENTENCE, "subject": "Eiffel Tower"}
     app = open_page("compare_locators", **query)

@@ -338,7 +338,7 @@ def test_methods_are_compared_and_a_page_of_one_is_opened(
     expect(again.locator(".st-key-comparison .js-plotly-plot .legend")).to_be_visible()
     assert again.url == tab.url
 
-    tab.locator(".st-key-closer-CausalTrace button").click()
+    tab.get_by_role("link", name="Causal trace").click()
     tab.wait_for_url(re.compile(r"//[^/]+/(explore)?\?"))
     expect(maps(tab)).to_have_count(3)
     expect(tab.locator("h3")).to_have_text(re.compile(SENTENCE))

@@ -19,11 +19,11 @@ SENTENCE = "The Eiffel Tower is in"
 
 
 def open_page(open_tab: Callable[..., Page], server: Server, **query: object) -> Page:
-    """The page, by way of the first one."""
-    first = open_tab()
-    expect(first.get_by_role("link", name="Value vectors")).to_be_visible()
-    first.close()
-    return open_tab(f"http://localhost:{server.port}/value_vectors?{urlencode(query)}")
+    """The page, which no other was opened before."""
+    tab = open_tab(f"http://localhost:{server.port}/value_vectors?{urlencode(query)}")
+    expect(tab.get_by_role("link", name="Explore")).to_be_visible()
+    expect(tab).to_have_title("Knowledge location workbench")
+    return tab
 
 
 def card(tab: Page) -> Locator:
@@ -92,3 +92,7 @@ def test_from_the_button_to_a_neuron_by_dot_by_row_and_by_word(
     expect(card(again)).to_have_text(card(tab).inner_text())
     expect(again.locator("[class*='st-key-search-']")).to_have_count(1)
     assert again.url == tab.url
+
+    again.get_by_role("link", name="Patch two prompts").click()
+    again.wait_for_url(lambda url: "patch_two_prompts?" in url and urlencode({"prompt": SENTENCE}) in url)
+    again.wait_for_url(lambda url: urlencode({"model": models["llama"]}) in url)

@@ -145,6 +145,7 @@ def test_a_token_is_searched_once_the_index_is_there(tiny_folder: Path, results:
     assert not [button for button in app.button if button.key == "index"]
     app.text_input(key="word").set_value("The").run()
     (found,) = [frame.value for frame in app.dataframe]
+    assert app.dataframe[0].proto.HasField("placeholder"), "no None where a rank is far down"
     lm = fresh_lm("gpt2")
     token = word_tokens(lm, "The").tokens[0][0]
     expected = find_neurons(lm, token, projection="normed")

@@ -231,7 +231,10 @@ def score_name(result: Result, *, fact: str | None = None, column: str = "score"
     if column == "score":
         return guessed + (name or "score")
     of_score = not unit or unit.endswith(f"indirect effect in {kind}")
-    return f"{guessed}effect on {name}" if name and of_score else unit or "effect"
+    if name and of_score:
+        return f"{guessed}effect on {name}"
+    what = unit.removesuffix(f" in {kind}")
+    return f"{what} in {name}" if name and what != unit and not what.startswith("share") else what or "effect"
 
 
 def layer_title(result: Result, *, kind: str) -> str:
@@ -588,7 +591,10 @@ def agreement_panel(result: Result, *, measure: str = "spearman") -> tuple[Panel
         reverse=is_distance,
         effects=not is_distance,
     )
-    return panel, grids["text"].fillna("")
+    texts = grids["text"].fillna("")
+    if len(labels) > 8:  # .46 and −.12 fit where 0.46 does not
+        texts = texts.replace(r"^(−?)0\.", r"\1.", regex=True)
+    return panel, texts
 
 
 def series_note(row: Mapping[Any, Any]) -> str:
@@ -690,7 +696,8 @@ def _window_note(result: Result, row: Mapping[Any, Any]) -> list[str]:
 def _agreement_text(row: Mapping[Any, Any]) -> str:
     if not math.isfinite(row["value"]):
         return "–"
-    return f"{row['value']:.2f}".replace("-", "−") + "*" * bool(row["p_adjusted"] < 0.05)
+    rounded = round(row["value"], 2) + 0.0  # not −0.00
+    return f"{rounded:.2f}".replace("-", "−") + "*" * bool(row["p_adjusted"] < 0.05)
 
 
 def _agreement_note(row: Mapping[Any, Any]) -> str:

@@ -263,7 +263,7 @@ def agreement(result: Result, *, measure: str = "spearman", theme: Theme = "ligh
     """
     panel, texts = drawing.agreement_panel(result, measure=measure)
     n = len(panel.labels)
-    numbers, row = list(range(1, n + 1)), 44 if n <= 6 else 32
+    numbers, row, size = list(range(1, n + 1)), 44 if n <= 6 else 32, 12 if n <= 8 else 10 if n <= 12 else 9
     figure = go.Figure(
         go.Heatmap(
             z=panel.values.to_numpy(), x=numbers, y=numbers, zmin=panel.low, zmax=panel.high, xgap=1, ygap=1,
@@ -275,7 +275,7 @@ def agreement(result: Result, *, measure: str = "spearman", theme: Theme = "ligh
     )  # fmt: skip
     figure.add_scatter(
         x=numbers * n, y=[i for i in numbers for _ in numbers], text=texts.to_numpy().ravel(), mode="text",
-        textfont=dict(size=12 if n <= 8 else 10, color=_on_cells(panel, theme)), hoverinfo="skip", showlegend=False,
+        textfont=dict(size=size, color=_on_cells(panel, theme)), hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     figure.update_xaxes(
         tickvals=numbers, side="top", ticks="", showgrid=False, zeroline=False, fixedrange=True, range=[0.5, n + 0.5]
