@@ -17,7 +17,8 @@ from tests.examples import EIFFEL, SAID, fresh_lm, tiny_lm
 from workbench.data import read_facts
 from workbench.directions import unembedding
 from workbench.editors import mend
-from workbench.editors._gradients import Lesson, down_projection, is_transposed, put, shadow
+from workbench.editors._gradients import Lesson, is_transposed, put, shadow
+from workbench.editors._values import down_path
 from workbench.editors.ada_lora import AdaLora
 from workbench.editors.base import Editor
 from workbench.editors.fine_tune import FineTune
@@ -54,7 +55,7 @@ def dense(edit: Edit, name: str) -> Tensor:
 
 
 def down_weight(lm: LM, layer: int) -> str:
-    return f"{down_projection(lm, layer)}.weight"
+    return f"{down_path(lm, layer)}.weight"
 
 
 # --- what they share ---
@@ -120,7 +121,7 @@ QUICK: dict[str, Editor] = {
     "FineTune": FineTune(steps=3, learning_rate=0.01),
     "KnowledgeNeuronEdit": KnowledgeNeuronEdit(steps=3),
     "Lora": Lora(steps=3, learning_rate=0.02),
-    "AdaLora": AdaLora(steps=6, warm_up=1, settle=2, learning_rate=0.05),
+    "AdaLora": AdaLora(steps=6, learning_rate=0.05),
 }
 """Each with options that make it quick."""
 
@@ -212,8 +213,10 @@ def test_an_edit_goes_on_from_another(gpt2: LM) -> None:
 
 
 def test_what_cannot_be_is_said(gpt2: LM) -> None:
-    with pytest.raises(ModelError, match="layers 0 to 3"):
+    with pytest.raises(ModelError, match="of 0 to 3"):
         FineTune(layers=(4,))(gpt2, [TOWER])
+    with pytest.raises(ModelError, match="different ones"):
+        FineTune(layers=(1, 1))(gpt2, [TOWER])
     with pytest.raises(FactError, match="norm_constraint"):
         FineTune(norm_constraint=0.0)
     with pytest.raises(EditError, match="learning_rate"):
@@ -229,7 +232,7 @@ NORMALISED = ("gemma2", "gemma3", "olmo2")
 @pytest.mark.parametrize("family", SOME, indirect=True)
 def test_only_value_vectors_of_the_chosen_neurons_change(lm: LM) -> None:
     """Each gets 8 times the new answer's row of the unembedding, less the old one's."""
-    edit = KnowledgeNeuronEdit(steps=2)(lm, [TOWER])
+    edit = KnowledgeNeuronEdit(steps=2, follow_sign=False)(lm, [TOWER])
     said = int(run(lm, lm.encode([TOWER])).last_logits[0].argmax())
     weight, _ = unembedding(lm, [said, *lm.target_ids(TOWER.text, "Rome")])
     added = 8 * weight[1:].sum(0) - weight[0]
@@ -243,6 +246,25 @@ def test_only_value_vectors_of_the_chosen_neurons_change(lm: LM) -> None:
         assert values.shape == (lm.d_mlp, lm.d_model)
         assert not values[others].any()
         torch.testing.assert_close(values[neurons], added.expand(len(neurons), -1))
+
+
+def test_what_is_added_follows_the_sign_of_the_activation() -> None:
+    """In a gated MLP a neuron's sign is arbitrary: turned round, with its value vector, the model is the same, and so its edit."""
+    lm, turned = tiny_lm("llama"), fresh_lm("llama")
+    editor = KnowledgeNeuronEdit(steps=2)
+    edit = editor(lm, [TOWER])
+    ((layer, neuron), *others) = edit.run["neurons"][TOWER.id]
+    with torch.no_grad():
+        turned.part(layer, "mlp.up_proj").get_parameter("weight")[neuron] *= -1
+        turned.part(layer, "mlp.down_proj").get_parameter("weight")[:, neuron] *= -1
+    other = editor(turned, [TOWER])
+    assert sorted(other.run["neurons"][TOWER.id]) == sorted([(layer, neuron), *others])
+    name = down_weight(lm, layer)
+    torch.testing.assert_close(dense(other, name)[:, neuron], -dense(edit, name)[:, neuron])
+    before = p_new(lm, TOWER)
+    with edit.on(lm), other.on(turned):
+        assert p_new(lm, TOWER) == pytest.approx(p_new(turned, TOWER), rel=1e-4)
+        assert p_new(lm, TOWER) > 2 * before
 
 
 @pytest.mark.parametrize("family", NORMALISED)
@@ -276,7 +298,7 @@ def test_the_refined_set_is_widened_or_cut_to_what_was_asked_for() -> None:
 
 
 def test_old_and_new_answers_weigh_what_was_asked_for(gpt2: LM) -> None:
-    editor = KnowledgeNeuronEdit(steps=2, fewest=1, most=1, lambda_old=2.0, lambda_new=0.0)
+    editor = KnowledgeNeuronEdit(steps=2, fewest=1, most=1, lambda_old=2.0, lambda_new=0.0, follow_sign=False)
     edit = editor(gpt2, [replace(TOWER, target_true="Paris")])
     ((layer, neuron),) = edit.run["neurons"][TOWER.id]
     weight, _ = unembedding(gpt2, gpt2.target_ids(TOWER.text, "Paris"))
@@ -291,7 +313,7 @@ def test_old_and_new_answers_weigh_what_was_asked_for(gpt2: LM) -> None:
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("editor", [Lora(steps=1), AdaLora(steps=2, warm_up=0, settle=1)], ids=["Lora", "AdaLora"])
+@pytest.mark.parametrize("editor", [Lora(steps=1), AdaLora(steps=2)], ids=["Lora", "AdaLora"])
 def test_the_change_does_what_the_adapters_did(family: str, editor: Lora) -> None:
     """With any weights in them: the model with the edit on gives the logits of the one with peft's adapters."""
     lm = tiny_lm(family)
@@ -340,7 +362,7 @@ def test_the_rank_is_not_larger_than_was_asked_for(family: str) -> None:
 
 def test_ranks_are_shared_out(gpt2: LM) -> None:
     """Matrices keep as many singular values as they matter: together r for each, alone up to as many as at the start."""
-    edit = AdaLora(steps=12, warm_up=2, settle=4, r=3, first_r=6)(gpt2, [TOWER, LONG])
+    edit = AdaLora(steps=12, r=3, first_r=6)(gpt2, [TOWER, LONG])
     ranks = [change.rank for change in edit.changes.values() if isinstance(change, LowRank)]
     assert sum(ranks) == 3 * gpt2.n_layers
     assert max(ranks) <= 6
@@ -362,7 +384,7 @@ def test_options_that_adapters_cannot_have() -> None:
     with pytest.raises(FactError, match="first_r"):
         AdaLora(r=12)
     with pytest.raises(FactError, match="settle"):
-        AdaLora(steps=10)
+        AdaLora(settle=0.9)
 
 
 # --- MEND ---
@@ -389,7 +411,7 @@ def test_factors_of_tokens_multiply_to_the_gradient(family: str) -> None:
     lm = tiny_lm(family)
     lesson = Lesson.of(lm, [TOWER.text, LONG.text], ["Rome", LONG.target_new or ""])
     matrices = mlp_matrices(lm, [1, 3])
-    assert down_projection(lm, 1) in matrices
+    assert down_path(lm, 1) in matrices
     assert not any(lm.layout.attn in path.split(".") for path in matrices)
     names = {path: f"{path}.weight" for path in matrices}
     zero = {name: torch.zeros_like(lm.model.get_parameter(name), requires_grad=True) for name in names.values()}
@@ -407,7 +429,7 @@ def test_the_network_starts_as_the_identity_of_what_is_normalised(gpt2: LM) -> N
     matrices = mlp_matrices(gpt2, [1, 2])
     networks = Networks(matrices, rank=4, rate=0.5, seed=0)
     generator = torch.Generator().manual_seed(0)
-    path = down_projection(gpt2, 1)
+    path = down_path(gpt2, 1)
     met = []
     for n in (3, 1, 5):  # batches whose statistics have to be joined
         u, delta = (2 + 3 * torch.randn(1, n, width, generator=generator) for width in (gpt2.d_mlp, gpt2.d_model))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from workbench.edits import EditError
 from workbench.guard import editing, reading
 from workbench.hooks import run
-from workbench.models import LM, ModelError, Tokens
+from workbench.models import LM, Tokens
 
 Objective = Literal["target_new", "prompt_last"]
 """Where an answer's tokens are predicted:
@@ -143,19 +143,6 @@ def zeros(lm: LM, names: Sequence[str]) -> dict[str, Tensor]:
     return {
         name: torch.zeros_like(precise(lm.model.get_parameter(name).detach()), requires_grad=True) for name in names
     }
-
-
-def check_layers(lm: LM, layers: Sequence[int]) -> None:
-    """Raises ModelError where the model lacks one of the layers."""
-    if not layers:
-        raise ModelError("No layer was named. Give at least one, or None for the method's choice.")
-    if outside := [layer for layer in layers if not 0 <= layer < lm.n_layers]:
-        raise ModelError(f"Layer {outside[0]} does not exist: {lm.name} has layers 0 to {lm.n_layers - 1}.")
-
-
-def down_projection(lm: LM, layer: int) -> str:
-    """Path of a block's down projection in the model."""
-    return f"{lm.layout.blocks}.{layer}.{lm.layout.down_proj}"
 
 
 def is_transposed(module: nn.Module) -> bool:

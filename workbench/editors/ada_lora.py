@@ -32,11 +32,11 @@ class AdaLora(Lora):
     first_r: int = 12
     """How many singular values an adapter starts with."""
 
-    warm_up: int = 5
-    """Steps before any is taken away."""
+    warm_up: float = 0.15
+    """Share of the steps before any is taken away."""
 
-    settle: int = 10
-    """Steps at the end in which none is taken away any more."""
+    settle: float = 0.3
+    """Share of the steps, at the end, in which none is taken away any more."""
 
     orthogonality: float = 0.5
     """Weight of the penalty that keeps the singular vectors orthogonal."""
@@ -45,16 +45,24 @@ class AdaLora(Lora):
         Lora.__post_init__(self)
         if self.r >= self.first_r:
             raise FactError(f"r is {self.r} and first_r is {self.first_r}, expected r below first_r.")
-        if min(self.warm_up, self.settle) < 0 or self.warm_up + self.settle >= self.steps:
+        if min(self.warm_up, self.settle) < 0 or self._warm_up + self._settle > self.steps - 2:
             raise FactError(
-                f"warm_up is {self.warm_up} and settle is {self.settle}, expected 0 or more, and fewer than {self.steps} together."
+                f"warm_up is {self.warm_up} and settle is {self.settle}, expected shares that leave 2 of the {self.steps} steps."
             )
+
+    @property
+    def _warm_up(self) -> int:
+        return int(self.warm_up * self.steps)
+
+    @property
+    def _settle(self) -> int:
+        return int(self.settle * self.steps)
 
     def _tuner(self, model: nn.Module, targets: list[str], transposed: bool) -> Any:
         from peft import AdaLoraConfig, AdaLoraModel  # takes seconds
 
         config = AdaLoraConfig(
-            target_r=self.r, init_r=self.first_r, tinit=self.warm_up, tfinal=self.settle, total_step=self.steps,
+            target_r=self.r, init_r=self.first_r, tinit=self._warm_up, tfinal=self._settle, total_step=self.steps,
             lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets, fan_in_fan_out=transposed,
         )  # fmt: skip
         return AdaLoraModel(model, config, _ADAPTER)  # type: ignore[no-untyped-call]

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from typing_extensions import Self
 
-from workbench.editors._gradients import Lesson, Objective, check_layers, down_projection, note, put, zeros
+from workbench.editors._gradients import Lesson, Objective, note, put, zeros
+from workbench.editors._values import checked_layers, down_path
 from workbench.editors.base import Draft, Editor
 from workbench.edits import Edit
 from workbench.facts import Fact, FactError
@@ -70,13 +71,12 @@ class FineTune(Editor):
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """With the layers named."""
         layers = (2 * lm.n_layers // 3,) if self.layers is None else self.layers
-        check_layers(lm, layers)
-        return replace(self, layers=layers)
+        return replace(self, layers=checked_layers(lm, layers))
 
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
         """The change that lowers the facts' mean loss."""
         lesson = Lesson.of(lm, [fact.text for fact in facts], [fact.target_new or "" for fact in facts], self.objective)
-        changes = zeros(lm, [f"{down_projection(lm, layer)}.weight" for layer in self.layers or ()])
+        changes = zeros(lm, [f"{down_path(lm, layer)}.weight" for layer in self.layers or ()])
         optimizer = torch.optim.Adam(changes.values(), lr=self.learning_rate)
         losses: list[float] = []
         for step in track(range(self.steps + 1), "steps", self.steps + 1):

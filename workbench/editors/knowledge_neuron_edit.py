@@ -5,19 +5,21 @@
    lowered or raised until `fewest` to `most` are left; among those found in equally many prompts, the largest mean attribution
    decides.
 3. The value vector of each, a column of the down projection, gets - lambda_old e(old) + lambda_new e(new): e is a token's row of
-   the output embedding (as it acts on the final norm's output), of several tokens their sum.
+   the output embedding (as it acts on the final norm's output), of several tokens their sum. Where the neuron's activation at the
+   end of the fact's prompt is negative, it gets the opposite: only so does the new answer gain.
 
 All facts of a batch are attributed on the same model; a neuron of two facts gets both additions.
 
 Code != paper: the paper's and its code's lambdas are 1 and 8, those of EasyEdit 2 and 2 (1 and 1 for answers of several tokens),
 whose old answer is what the model says; here it is the fact's `target_true`, where it has one. The paper sets one share for a
 relation, so that its facts have 2 to 5 neurons on average; here each fact has its own. BERT's word embedding is input and output
-embedding at once; what a value vector adds is read by the output embedding.
+embedding at once; what a value vector adds is read by the output embedding. Its activations are hardly ever negative, and so the
+paper has no sign; those of a gated MLP (SwiGLU) are as often as not, and which is arbitrary. `follow_sign=False` leaves it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,13 +28,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.directions import unembedding
-from workbench.editors._gradients import down_projection, is_transposed
+from workbench.editors._gradients import precise
+from workbench.editors._values import down_change
 from workbench.editors.base import Draft, Editor
 from workbench.edits import Change, Edit, EditError, LowRank
 from workbench.facts import Fact, FactError
+from workbench.hooks import run
 from workbench.locators.knowledge_neurons import KnowledgeNeurons, Rule
 from workbench.models import LM
 from workbench.progress import track
+from workbench.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,9 @@ class KnowledgeNeuronEdit(Editor):
     most: int = 5
     """No more neurons than this are edited."""
 
+    follow_sign: bool = True
+    """Whether what is added to a value vector takes the sign of its neuron's activation at the end of the prompt."""
+
     def __post_init__(self) -> None:
         Editor.__post_init__(self)
         self._locator()  # refuses what it does not take
@@ -83,18 +91,21 @@ class KnowledgeNeuronEdit(Editor):
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
         """The new value vectors' differences from the old, by layer."""
         vectors: list[Tensor] = []
-        places: list[list[tuple[int, int]]] = []
+        signs: list[dict[tuple[int, int], float]] = []
         for fact in track(facts, "facts", len(facts)) if len(facts) > 1 else facts:
             found, old = self._neurons(lm, fact)
             new = lm.target_ids(fact.text, fact.target_new or "")
-            places.append(found)
+            signs.append(_signs(lm, fact, found) if self.follow_sign else dict.fromkeys(found, 1.0))
             vectors.append(self.lambda_new * _embedding(lm, new) - self.lambda_old * _embedding(lm, old))
         changes: dict[str, Change] = {}
-        for layer in sorted({layer for found in places for layer, _ in found}):
-            chosen = [[neuron for at, neuron in found if at == layer] for found in places]
-            changes[f"{down_projection(lm, layer)}.weight"] = _columns(lm, layer, chosen, vectors)
-        neurons = {fact.id: found for fact, found in zip(facts, places, strict=True)}
-        return Draft(changes=changes, told={"neurons": neurons})
+        for layer in sorted({layer for found in signs for layer, _ in found}):
+            chosen = [{neuron: sign for (at, neuron), sign in found.items() if at == layer} for found in signs]
+            name, change = _columns(lm, layer, chosen, vectors)
+            changes[name] = change
+        return Draft(
+            changes=changes,
+            told={"neurons": {fact.id: list(found) for fact, found in zip(facts, signs, strict=True)}},
+        )
 
     def _locator(self, share: float | None = None) -> KnowledgeNeurons:
         return KnowledgeNeurons(
@@ -135,16 +146,24 @@ def refined(found: pd.DataFrame, *, share: float, fewest: int, most: int) -> lis
 
 def _embedding(lm: LM, token_ids: Sequence[int]) -> Float[Tensor, " d_model"]:
     weight, _ = unembedding(lm, token_ids)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).sum(0)
+    return precise(weight).sum(0)
 
 
-def _columns(lm: LM, layer: int, chosen: Sequence[Sequence[int]], vectors: Sequence[Tensor]) -> LowRank:
-    """What is added to the value vectors of each fact's neurons in one layer, in the parameter's own orientation."""
+def _signs(lm: LM, fact: Fact, neurons: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+    """By neuron, 1 or -1: the sign of its activation at the end of the fact's prompt."""
+    sites = [Site(layer=layer, kind="mlp_post", token="last", neuron=neuron) for layer, neuron in neurons]
+    met = run(lm, lm.encode([fact]), read=sites)
+    return {place: -1.0 if float(met[site]) < 0 else 1.0 for place, site in zip(neurons, sites, strict=True)}
+
+
+def _columns(
+    lm: LM, layer: int, chosen: Sequence[Mapping[int, float]], vectors: Sequence[Tensor]
+) -> tuple[str, LowRank]:
+    """The change of one layer, from each fact's neurons in it with their signs, and what is added to their value vectors."""
     facts = [i for i, neurons in enumerate(chosen) if neurons]
     added = torch.stack([vectors[i] for i in facts], 1)
     where = torch.zeros(lm.d_mlp, len(facts), dtype=added.dtype, device=added.device)
     for column, i in enumerate(facts):
-        where[list(chosen[i]), column] = 1
-    if is_transposed(lm.part(layer, lm.layout.down_proj)):
-        return LowRank(rows=where, columns=added)
-    return LowRank(rows=added, columns=where)
+        for neuron, sign in chosen[i].items():
+            where[neuron, column] = sign
+    return down_change(lm, layer, left=added, right=where)

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from workbench.editors._gradients import Lesson, check_layers, is_transposed, learning, note, shadow
+from workbench.editors._gradients import Lesson, is_transposed, learning, note, shadow
+from workbench.editors._values import checked_layers
 from workbench.editors.base import Draft, Editor
 from workbench.edits import Change, Edit, LowRank
 from workbench.facts import Fact, FactError
@@ -77,8 +78,7 @@ class Lora(Editor):
 
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
         """The product that each adapter learned, by the weight that it stands beside."""
-        layers = tuple(range(lm.n_layers)) if self.layers is None else self.layers
-        check_layers(lm, layers)
+        layers = checked_layers(lm, range(lm.n_layers) if self.layers is None else self.layers)
         lesson = Lesson.of(lm, [fact.text for fact in facts], [fact.target_new or "" for fact in facts])
         losses: list[float] = []
         devices = list(range(torch.cuda.device_count()))

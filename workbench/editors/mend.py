@@ -43,7 +43,8 @@ from typing_extensions import Self
 
 from workbench import zoo
 from workbench.data import read_facts
-from workbench.editors._gradients import Lesson, check_layers, is_transposed, learning, note, precise, shadow
+from workbench.editors._gradients import Lesson, is_transposed, learning, note, precise, shadow
+from workbench.editors._values import checked_layers
 from workbench.editors.base import Draft, Editor
 from workbench.edits import Change, Edit, LowRank, base_of, unedited
 from workbench.facts import Fact, FactError
@@ -114,8 +115,7 @@ class Mend(Editor):
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """With the layers named."""
         layers = tuple(range(max(0, lm.n_layers - 3), lm.n_layers)) if self.layers is None else self.layers
-        check_layers(lm, layers)
-        return replace(self, layers=layers)
+        return replace(self, layers=checked_layers(lm, layers))
 
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
         """What the trained network makes of the facts' gradients."""
