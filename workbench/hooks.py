@@ -257,10 +257,13 @@ def beside(lm: LM, sides: Sequence[tuple[str, Beside]]) -> Iterator[None]:
             if not any(isinstance(hook, _SideTap) for hook in module._forward_hooks.values()):
                 module.register_forward_hook(_SideTap(owner, path), with_kwargs=True, prepend=True)
     mine = [(owner, path, side) for path, side in sides]
+    plan = _Plan(owner=owner)  # notes the shape of every pass
     _besides.set((*_besides.get(), *mine))
+    _plans.set((*_plans.get(), plan))
     try:
         yield
     finally:  # several may be left in any order
+        _plans.set(tuple(one for one in _plans.get() if one is not plan))
         _besides.set(tuple(one for one in _besides.get() if not any(one is own for own in mine)))
 
 
@@ -445,7 +448,7 @@ class _SideTap:
         x: Tensor = args[0] if args else kwargs[_hidden_key(kwargs)]
         new: Tensor = output[0] if isinstance(output, tuple) else output
         tokens = _running.get()
-        shape = tokens.ids.shape if tokens is not None else x.shape[:2]
+        shape = next((plan.shape for plan in _plans.get() if plan.owner == self.owner and plan.shape), x.shape[:2])
         for side in sides:  # OPT's MLP sees all positions of all rows in one dimension
             rows = new if x.dim() > 2 else new.view(*shape, -1)
             new = side(x if x.dim() > 2 else x.view(*shape, -1), rows, tokens).reshape(new.shape)
