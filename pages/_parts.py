@@ -439,7 +439,7 @@ def arrive(method: str | None, fields: Sequence[FormField]) -> Asked | None:
         st.session_state["site"] = None
     came_from, st.session_state["page"] = st.session_state.get("page", here), here
     if came_from != here:  # options of the same name do not go along
-        question, sites = st.session_state.get("question", {}), st.session_state.setdefault("sites", {})
+        question, sites = st.session_state.get("question", {}), st.session_state.setdefault("sites_seen", {})
         sites[came_from] = question, st.session_state.pop("site", None)
         was_asked, site = sites.get(here, ({}, None))
         for field in fields:
