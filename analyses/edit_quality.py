@@ -88,7 +88,13 @@ def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor]) -
                 "paraphrase": _wins(lm, fact.paraphrases, fact.target_new, fact.target_true),
                 "said": _says(lm, [fact.text], fact.target_new),
                 "said_paraphrase": _says(lm, fact.paraphrases, fact.target_new),
-                "neighborhood": _mean([_wins(lm, [p.prompt], p.target, fact.target_new) for p in fact.neighbors]),
+                "neighborhood": _mean(
+                    [
+                        _wins(lm, [p.prompt], p.target, fact.target_new)
+                        for p in fact.neighbors
+                        if p.target != fact.target_new
+                    ]
+                ),
                 "neighborhood_same": _same(before[fact.id]["neighbors"], after["neighbors"]),
                 "other_same": _same(before[fact.id]["locality"], after["locality"]),
                 "entropy": after["entropy"],

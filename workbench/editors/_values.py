@@ -278,10 +278,18 @@ def solve(
 ) -> tuple[Float[Tensor, "n m"], float]:
     """matrix^-1 right by Cholesky in float64, and the matrix's condition number (LAPACK's estimate, in the 1-norm).
 
+    Rows and columns that are zero in both are left out, so that the result is zero there.
+
     Raises:
         EditError: the matrix is not positive definite, or too near to that.
     """
-    matrix = matrix.detach().cpu().double()
+    matrix, right = matrix.detach().cpu().double(), right.detach().cpu().double()
+    alive = matrix.diagonal() > 0
+    if not bool(alive.all()) and not bool(right[~alive].any()):  # ReLU neurons that no text and no fact activates
+        inner, condition = solve(matrix[alive][:, alive], right[alive], what=what)
+        whole = torch.zeros_like(right)
+        whole[alive] = inner
+        return whole, condition
     factor, info = torch.linalg.cholesky_ex(matrix)
     condition = float("inf")
     if int(info) == 0:
@@ -292,7 +300,7 @@ def solve(
             f"{what} cannot be inverted: its condition number is {condition:.1e}, expected at most {MOST_CONDITION:.0e}. "
             "Take more moment_tokens, text in which more neurons are active, or covariance=False."
         )
-    return torch.cholesky_solve(right.detach().cpu().double(), factor), condition
+    return torch.cholesky_solve(right, factor), condition
 
 
 def told(fact: Fact, layer: int, value: Value, **more: float) -> dict[str, Any]:

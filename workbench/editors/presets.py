@@ -56,12 +56,11 @@ def _layers(*layers: int, **options: Any) -> dict[str, Any]:
 
 _ROME_LLAMA = {"weight_decay": 1e-3, "steps": 25}
 
-_PLANTED = {
-    "reference": "resid_post",
-    "clamp": 1.5,
-    "essence": ("{} is a", "{} is known for", "{} comes from", "The language of {} is"),
-}
-"""In the bundled models what an MLP adds at the subject is short beside the stream, so the published measure would bind too soon."""
+_PLANTED = {"reference": "resid_post", "clamp": 1.5}
+"""In the bundled models what an MLP adds at the subject is short beside the stream: the published measure would bind too soon."""
+
+_SHORT_KEYS = {"ridge": 100.0}
+"""Their keys are short, so that the published weight of usual keys would leave no room for new ones."""
 
 
 def _bundled(name: str, family: str, n_layers: int, d_model: int, *, one: int, band: tuple[int, ...]) -> Preset:
@@ -71,7 +70,7 @@ def _bundled(name: str, family: str, n_layers: int, d_model: int, *, one: int, b
         name=name, family=family, n_layers=n_layers, d_model=d_model, bundled=True, every=_PLANTED,
         of={
             **dict.fromkeys(("FineTune", "Rome", "RRome", "Emmet"), single),
-            **dict.fromkeys(("Memit", "Pmet", "AlphaEdit"), several),
+            **dict.fromkeys(("Memit", "Pmet"), {**several, **_SHORT_KEYS}), "AlphaEdit": several,
             **dict.fromkeys(("Grace", "Wise"), late), "Mend": _layers(*range(n_layers - 3, n_layers)),
         },
     )  # fmt: skip
