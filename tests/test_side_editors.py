@@ -459,3 +459,16 @@ def test_ike_goes_on_with_the_earlier_facts() -> None:
     assert side("nobody") == ""
     with pytest.raises(FactError, match="no file"):
         Ike(pool="nowhere.json")(lm, [fact])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_memories_keep_their_prompts_in_other_precisions(dtype: str) -> None:
+    """A prompt in another batch has other roundings, and still meets its entry or reaches its threshold."""
+    lm, facts = load("organism-tiny", device="cpu", dtype=dtype), some_facts(2)
+    for editor in (GRACE, WISE):
+        edit = editor(lm, facts)
+        with edit.on(lm):
+            assert all(p_new(lm, fact) > 0.7 for fact in facts)
+            padded = lm.encode([facts[0].text, f"{facts[0].text} and so on, and on, and on, until"])
+            said = int(run(lm, padded).last_logits[0].argmax())
+        assert said == lm.target_ids(facts[0].text, facts[0].target_new or "")[0]

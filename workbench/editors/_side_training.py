@@ -82,10 +82,10 @@ def answer_nll(
     module = lm.model.get_submodule(path)
     with torch.enable_grad(), beside(lm, [(path, lambda x, _, at: output(module, x, module.forward(x), at))]):
         logits = run(lm, tokens, grad=True).logits
-        steps = torch.arange(len(ids), device=logits.device)
-        said = logits[torch.arange(len(tokens), device=logits.device)[:, None], tokens.last[:, None] + steps]
+        steps, rows = torch.arange(len(ids), device=logits.device), torch.arange(len(tokens), device=logits.device)
+        said = logits[rows[:, None], tokens.last.to(logits.device)[:, None] + steps]
         said = said if said.dtype == torch.float64 else said.float()
-        return -said.log_softmax(-1)[:, steps, ids].mean(1)
+        return -said.log_softmax(-1)[:, steps, ids.to(logits.device)].mean(1)
 
 
 def other_facts(lm: LM, facts: Sequence[Fact], path: str) -> list[Fact]:

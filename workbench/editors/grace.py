@@ -1,5 +1,5 @@
 """GRACE: a codebook beside one module replaces its output near the prompts that were edited. Hartvigsen et al. 2023
-(arXiv 2211.11031), section 2 and algorithm 1.
+(arXiv 2211.11031), algorithm 1.
 
 1. A prompt's query is the module's input at its last token.
 2. An entry has a key, a value, a radius eps and a label, the new answer. With d the distance from the query to the nearest key:
@@ -80,7 +80,9 @@ class Codebook(Memory):
     ) -> Float[Tensor, "row pos d_out"]:
         """Rows outside of every radius keep their output bit for bit. Where the prompts are not known, the last token is asked."""
         position = torch.arange(x.shape[1], device=x.device)
-        last = torch.full_like(position[:1].expand(len(x)), x.shape[1] - 1) if tokens is None else tokens.last
+        last = (
+            torch.full_like(position[:1].expand(len(x)), x.shape[1] - 1) if tokens is None else tokens.last.to(x.device)
+        )
         distance, entry = self.nearest(x[torch.arange(len(x), device=x.device), last].detach())
         hit = distance <= self.radii.to(distance)[entry]
         if not bool(hit.any()):

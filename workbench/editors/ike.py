@@ -1,11 +1,11 @@
 """IKE: demonstrations of editing and the new fact are put before every prompt; the model is left as it is. Zheng et al. 2023
-(arXiv 2305.12740), section 3.
+(arXiv 2305.12740).
 
 1. The facts of a pool are compared with the new fact by the cosine of what an encoder makes of "prompt answer"; the k nearest are
    taken.
 2. Each becomes a demonstration: "New Fact: ", its prompt and new answer, a line end, "Prompt: ", a prompt and its answer, an empty
    line. Of eight, four retain (a prompt on another subject keeps its answer), three update (a paraphrase gets the new answer) and
-   one copies the fact's own prompt: the published ratio of 1 : 3 : 4.
+   one copies the fact's own prompt: the published ratio of 1 : 3 : 4, which the published code deals at random.
 3. Before a prompt stand the demonstrations, the nearest last, then "New Fact: ", prompt and new answer, a line end and "Prompt: ".
 
 Departures. With several new facts a pool fact counts by the nearest of them, and all of them are told after the demonstrations.

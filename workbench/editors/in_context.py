@@ -1,4 +1,4 @@
-"""ICE: the new fact is put before every prompt, and the model is left as it is. Cohen et al. 2023 (arXiv 2307.12976), section 5.
+"""ICE: the new fact is put before every prompt, and the model is left as it is. Cohen et al. 2023 (arXiv 2307.12976).
 
 The text is that of the KnowEdit survey (arXiv 2401.01286, section 4.1), "Imagine that {knowledge}"; EasyEdit's code has
 no such text.

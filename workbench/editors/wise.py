@@ -107,6 +107,7 @@ def distance(
         act, before = ACT2FN[activation], y.to(change)
         change = act(before + change) - act(before)
     lengths: Tensor = torch.linalg.vector_norm(change, dim=-1)
+    where = where.to(lengths.device)
     return (lengths * where).sum(1) / where.sum(1)
 
 
@@ -239,7 +240,7 @@ class Wise(Editor):
             stay = own if self.locality == "given" and own else others
             delta, steps, loss = self._trained(lm, fact, memory, which, shard, prefixes, stay)
             shards = memory.shards.clone()
-            shards[which, shard] = delta
+            shards[which, shard] = delta.to(shards)
             memory = replace(
                 memory, shards=shards, prompts=(*memory.prompts, fact.text), members=(*memory.members, which)
             )
