@@ -77,8 +77,8 @@ COLUMNS: Mapping[str, Any] = {
     "rank": st.column_config.NumberColumn(
         "Rank", width=60, help="The token's place among all that the neuron promotes; 0 is the first, empty is far down."
     ),
-    "promoted": st.column_config.TextColumn("Promotes", width=125, help="When the activation is positive."),
-    "suppressed": st.column_config.TextColumn("Suppresses", width=125, help="When the activation is positive."),
+    "promoted": st.column_config.TextColumn("Promotes", width=118, help="When the activation is positive."),
+    "suppressed": st.column_config.TextColumn("Suppresses", width=118, help="When the activation is positive."),
 }  # fmt: skip
 """How the tables of neurons are shown."""
 
