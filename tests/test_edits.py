@@ -32,7 +32,8 @@ def edit_of(
     lm: LM, *names: str, seed: int = 0, rank: int | None = None, scale: float = 0.1, after: Sequence[Edit] = ()
 ) -> Edit:
     """A random change of some parameters."""
-    generator, changes = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, Change] = {}
     for name in names:
         shape = lm.model.get_parameter(name).shape
         if rank is None:
@@ -41,6 +42,12 @@ def edit_of(
             rows, columns = (torch.randn(n, rank, generator=generator) for n in shape)
             changes[name] = LowRank(rows=scale * rows, columns=columns)
     return Edit(base=base_of(lm), changes=changes, after=tuple(edit.key for edit in after), facts=(SAID,))
+
+
+def dense(edit: Edit, name: str) -> Tensor:
+    """The change of a parameter as a matrix."""
+    change = edit.changes[name]
+    return change.dense() if isinstance(change, LowRank) else change
 
 
 def matrices(lm: LM) -> list[str]:
@@ -99,9 +106,9 @@ def test_the_edited_model_is_the_sum_of_weight_and_change() -> None:
     lm = tiny_lm("gpt2")
     name = "transformer.h.1.mlp.c_proj.weight"
     weight = lm.model.get_parameter(name).detach().clone()
-    dense, product = edit_of(lm, name), edit_of(lm, name, seed=1, rank=2)
-    with dense.on(lm):
-        assert torch.equal(lm.model.get_parameter(name), weight + dense.changes[name])
+    full, product = edit_of(lm, name), edit_of(lm, name, seed=1, rank=2)
+    with full.on(lm):
+        assert torch.equal(lm.model.get_parameter(name), weight + dense(full, name))
     with product.on(lm):
         change = product.changes[name]
         assert isinstance(change, LowRank)
@@ -150,9 +157,9 @@ def test_edits_within_each_other_add_up_and_may_be_left_in_any_order() -> None:
     outer, inner = ExitStack(), ExitStack()
     outer.enter_context(first.on(lm))
     inner.enter_context(second.on(lm))
-    assert torch.equal(lm.model.get_parameter(name), weight + first.changes[name] + second.changes[name])
+    assert torch.equal(lm.model.get_parameter(name), weight + dense(first, name) + dense(second, name))
     outer.close()
-    assert torch.equal(lm.model.get_parameter(name), weight + second.changes[name])
+    assert torch.equal(lm.model.get_parameter(name), weight + dense(second, name))
     inner.close()
     assert torch.equal(lm.model.get_parameter(name), weight)
 
@@ -266,7 +273,8 @@ def test_a_large_sum_of_products_becomes_a_matrix() -> None:
     parts: list[Change] = [LowRank(rows=torch.randn(8, 2), columns=torch.randn(6, 2)) for _ in range(3)]
     total = added(parts)
     assert isinstance(total, Tensor)
-    assert torch.allclose(total, sum(part.dense() for part in parts if isinstance(part, LowRank)), atol=1e-6)
+    expected = torch.stack([part.dense() for part in parts if isinstance(part, LowRank)]).sum(0)
+    assert torch.allclose(total, expected, atol=1e-6)
     assert isinstance(added(parts[:1]), LowRank)
 
 

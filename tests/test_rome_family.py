@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,13 @@ from workbench.models import LM
 from workbench.moments import second_moments
 
 FACTS = [EIFFEL, replace(JOBS, target_new="Google"), replace(MESSI, target_new="Rome")]
-QUICK = {"steps": 4, "prefix_lengths": (3, 4), "moment_tokens": 600, "corpus": "bundled", "reference": "resid_post"}
+QUICK: dict[str, Any] = {
+    "steps": 4,
+    "prefix_lengths": (3, 4),
+    "moment_tokens": 600,
+    "corpus": "bundled",
+    "reference": "resid_post",
+}
 LAYER = 2
 
 
@@ -218,7 +225,7 @@ def test_what_cannot_be_inverted_is_told_with_its_condition_number() -> None:
         solve(torch.diag(torch.tensor([1.0, 1e-15])).double(), torch.ones(2, 1), what="C")
     dead = torch.diag(torch.tensor([2.0, 0.0])).double()
     found, condition = solve(dead, torch.tensor([[1.0], [0.0]]), what="C")
-    assert (found[:, 0].tolist(), condition) == (pytest.approx([0.5, 0.0]), pytest.approx(1.0))
+    assert [*found[:, 0].tolist(), condition] == pytest.approx([0.5, 0.0, 1.0])
     with pytest.raises(EditError, match="cannot be inverted"):
         solve(dead, torch.ones(2, 1), what="C")
 

@@ -1,7 +1,8 @@
-"""Where does a language model keep a fact? List models, facts and methods, locate facts by one method or compare several."""
+"""Where does a language model keep a fact, and where does an editor change it? List, locate, compare, edit."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,8 +14,10 @@ from workbench.cli_parts import (
     check_writable,
     choose_facts,
     counted,
-    first_sentence,
+    edit_and_write,
     given,
+    list_methods,
+    list_options,
     locate_and_write,
     one_sentence,
     planted_band,
@@ -137,18 +140,12 @@ def locators(
 ) -> None:
     """Lists the locating methods, or the options of one."""
     with one_sentence():
-        from workbench.forms import form_of
         from workbench.locators import all_locators, locator_named
 
-        if not method:
-            for name, cls in all_locators().items():
-                typer.echo(f"{name:24} {first_sentence(cls)}")
-            return
-        cls = locator_named(method)
-        typer.echo(first_sentence(cls))
-        for field in form_of(cls.__module__, method):
-            among = f", one of {', '.join(map(str, field.choices))}" if field.choices else ""
-            typer.echo(f"\n--set {field.name}=...  (default {field.default!r}{among})\n    {field.help}")
+        if method:
+            list_options(locator_named(method))
+        else:
+            list_methods(all_locators())
 
 
 @app.command("locate")
@@ -174,8 +171,64 @@ def locate_facts(
         check_writable(out)
         chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
         formats, budget = read_formats(figures), read_size(memory)
-        lm, locator = prepare_one(model, chosen, device, dtype, method, read_settings(method, settings))
+        from workbench.locators import locator_named
+
+        options = read_settings(locator_named(method), settings)
+        lm, locator = prepare_one(model, chosen, device, dtype, method, options)
         locate_and_write(lm, locator, chosen, out, model, formats, budget)
+
+
+@app.command()
+def editors(
+    method: Annotated[str, typer.Argument(help="Lists the options of this editor; default: all editors.")] = "",
+) -> None:
+    """Lists the editors, or the options of one."""
+    with one_sentence():
+        from workbench.editors import all_editors, editor_named
+
+        if method:
+            list_options(editor_named(method))
+        else:
+            list_methods(all_editors())
+
+
+@app.command("edit")
+def edit_facts(
+    method: Annotated[str, typer.Argument(help="An editor; `workbench editors` lists them.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the edit.")],
+    model: Model = zoo.NAMES[0],
+    prompt: Prompt = "",
+    subject: Subject = "",
+    answer: AnswerText = "",
+    target: Annotated[str, typer.Option(help="The new answer; default: what the facts bring as target_new.")] = "",
+    fact: FactIds = None,
+    facts: FactsFile = None,
+    every: Every = 1,
+    limit: Limit = None,
+    settings: Settings = None,
+    one_by_one: Annotated[
+        bool,
+        typer.Option(help="Edit the facts one after the other, each on top of those before, instead of as one batch."),
+    ] = False,
+    merge: Annotated[Path | None, typer.Option(help="A new folder for the edited model as a checkpoint.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Edits facts, shows what the model says before and after, and writes the edit. Facts as for `locate`."""
+    with one_sentence():
+        from workbench.editors import editor_named
+
+        editor = editor_named(method)
+        options = read_settings(editor, settings)
+        editor(**options)
+        for folder in (out, merge):
+            if folder is not None and folder.exists() and any(folder.iterdir()):
+                raise InputError(f"{str(folder)!r} is there already and not empty. Name a new folder.")
+        chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
+        chosen = [dataclasses.replace(one, target_new=target) for one in chosen] if target else chosen
+        edit_and_write(
+            editor, options, chosen, out, model=model, device=device, dtype=dtype, one_by_one=one_by_one, merge=merge
+        )
 
 
 @app.command()

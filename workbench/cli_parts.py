@@ -19,6 +19,7 @@ from workbench.facts import Fact, FactError
 from workbench.layouts import ModelError
 
 if TYPE_CHECKING:
+    from workbench.editors import Editor
     from workbench.locators import Locator
     from workbench.models import LM
     from workbench.results import Footprint
@@ -68,18 +69,16 @@ def choose_facts(
     return facts[::every][:limit]
 
 
-def read_settings(method: str, settings: Sequence[str] | None) -> dict[str, Any]:
-    """The values of `--set name=value`.
+def read_settings(cls: type, settings: Sequence[str] | None) -> dict[str, Any]:
+    """The values of `--set name=value` for a method's dataclass.
 
     Raises:
         InputError: a setting that is no such pair, that the method does not have, or with a value it cannot have.
     """
     from workbench.forms import form_of, read_option
-    from workbench.locators import locator_named
     from workbench.options import check_options
 
-    cls = locator_named(method)
-    form, values = {field.name: field for field in form_of(cls.__module__, method)}, {}
+    form, values = {field.name: field for field in form_of(cls.__module__, cls.__name__)}, {}
     for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:
@@ -186,6 +185,44 @@ def locate_and_write(
     typer.echo(f"\n{export.protocol_text(found)}\n{export.throughput_text(found)}\nWritten to {out}")
 
 
+def edit_and_write(
+    cls: type[Editor], options: Mapping[str, Any], facts: Sequence[Fact], out: Path, *,
+    model: str, device: str, dtype: str, one_by_one: bool, merge: Path | None,
+) -> None:  # fmt: skip
+    """Edits, says what the model says before and after, and writes the edit (and, with `merge`, the edited model)."""
+    from workbench.editors import LowRank, edit_stream
+    from workbench.loading import load
+
+    check_model_name(model)
+    lm = load(model, device=device, dtype=dtype)
+    editor = cls.fitted(lm, **options)
+    before = _says(lm, facts)
+    with progress_bar(1):
+        edit = [*edit_stream(editor, lm, facts)][-1] if one_by_one else editor(lm, facts)
+    edit.save(out)
+    with edit.on(lm):
+        after = _says(lm, facts)
+    for fact, old, new in zip(facts, before, after, strict=True):
+        typer.echo(f"{fact.text} -> {old.strip()!r}, now {new.strip()!r} (asked for {fact.target_new!r})")
+    ranks = {
+        name: f" (rank {change.rank})" if isinstance(change, LowRank) else "" for name, change in edit.changes.items()
+    }
+    shapes = ", ".join(name + rank for name, rank in ranks.items())
+    sides = ", ".join(type(side).__name__ for side in edit.sides)
+    typer.echo(f"\n{edit.label}\nChanged: {shapes or 'no weight'}{f'; beside the weights: {sides}' if sides else ''}")
+    typer.echo(f"{edit.run['seconds']} s. Layers count from 0. Written to {out}")
+    if merge is not None:
+        typer.echo(f"The edited model is in {edit.merge(lm, merge)}")
+
+
+def _says(lm: LM, facts: Sequence[Fact]) -> list[str]:
+    """What the model says after each prompt: as many tokens as the new answer has."""
+    from workbench.generation import continue_prompts
+
+    n = max(len(lm.target_ids(fact.text, fact.target_new or "?")) for fact in facts)
+    return continue_prompts(lm, facts, n=n)
+
+
 def say_left_out(found: Footprint) -> str:
     """How many facts a method could not take, and why the first of them; empty where it took all."""
     left_out = found.run.get("left_out", {})
@@ -208,7 +245,23 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
-def first_sentence(cls: type[Locator]) -> str:
+def list_methods(classes: Mapping[str, type]) -> None:
+    """Says the name and the first sentence of every method."""
+    for name, cls in classes.items():
+        typer.echo(f"{name:24} {first_sentence(cls)}")
+
+
+def list_options(cls: type) -> None:
+    """Says what a method is and what can be set."""
+    from workbench.forms import form_of
+
+    typer.echo(first_sentence(cls))
+    for field in form_of(cls.__module__, cls.__name__):
+        among = f", one of {', '.join(map(str, field.choices))}" if field.choices else ""
+        typer.echo(f"\n--set {field.name}=...  (default {field.default!r}{among})\n    {field.help}")
+
+
+def first_sentence(cls: type) -> str:
     return (cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
 
 

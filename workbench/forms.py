@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from workbench.errors import InputError
 
-FieldType = Literal["choice", "choices", "integer", "number", "text", "texts", "switch"]
+FieldType = Literal["choice", "choices", "integer", "number", "text", "texts", "integers", "switch"]
 """How a field is asked for: one of its choices or several, a whole number, a number, a text or several, on or off."""
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +100,11 @@ def read_option(field: FormField, text: str) -> Any:
             return int(text) if field.type == "integer" else float(text)
         except ValueError:
             raise wrong from None
+    if field.type == "integers":
+        try:
+            return tuple(int(part) for part in parts)
+        except ValueError:
+            raise wrong from None
     return parts if field.type == "texts" else text
 
 
@@ -112,6 +117,7 @@ _EXPECTED: dict[FieldType, str] = {
     "number": "a number",
     "text": "text",
     "texts": "one or several, separated by commas",
+    "integers": "whole numbers, separated by commas",
     "switch": "true or false",
 }
 
@@ -167,7 +173,7 @@ def _field(module: str, statement: ast.AnnAssign, explained: str) -> FormField:
         inner = several[0].slice.elts[0] if isinstance(several[0].slice, ast.Tuple) else several[0].slice
         home, part = _resolve(module, inner)
         choices = tuple(_literal(home, part))
-        kind = "choices" if choices else "texts"
+        kind = "choices" if choices else "integers" if ast.unparse(part) == "int" else "texts"
     elif literals:
         kind, choices = "choice", tuple(literals)
     elif names == {"bool"}:

@@ -64,7 +64,7 @@ class ValueEditor(Editor):
     essence: tuple[str, ...] = ("{} is a",)
     """Prompts about the subject whose next token should stay as it is."""
 
-    prefix_lengths: tuple[int, ...] = (5,) * 10 + (10,) * 10
+    prefix_lengths: tuple[int, ...] = (5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10)
     """Lengths in tokens of the texts that are put before the prompt; the prompt alone comes on top."""
 
     seed: int = 0

@@ -44,7 +44,7 @@ class SpreadEditor(ValueEditor):
     clamp: float = 0.75
     """Longest delta, in lengths of the reference."""
 
-    prefix_lengths: tuple[int, ...] = (10,) * 5
+    prefix_lengths: tuple[int, ...] = (10, 10, 10, 10, 10)
     """Lengths in tokens of the texts that are put before the prompt; the prompt alone comes on top."""
 
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:

@@ -65,15 +65,11 @@ _SHORT_KEYS = {"ridge": 100.0}
 
 def _bundled(name: str, family: str, n_layers: int, d_model: int, *, one: int, band: tuple[int, ...]) -> Preset:
     """A bundled model: single layers and bands are those where its facts were planted."""
-    single, several, late = _layers(one), _layers(*band), _layers(n_layers - 2)
-    return Preset(
-        name=name, family=family, n_layers=n_layers, d_model=d_model, bundled=True, every=_PLANTED,
-        of={
-            **dict.fromkeys(("FineTune", "Rome", "RRome", "Emmet"), single),
-            **dict.fromkeys(("Memit", "Pmet"), {**several, **_SHORT_KEYS}), "AlphaEdit": several,
-            **dict.fromkeys(("Grace", "Wise"), late), "Mend": _layers(*range(n_layers - 3, n_layers)),
-        },
-    )  # fmt: skip
+    of = {name: _layers(one) for name in ("FineTune", "Rome", "RRome", "Emmet")}
+    of |= {name: _layers(*band, **_SHORT_KEYS) for name in ("Memit", "Pmet")}
+    of |= {name: _layers(n_layers - 2) for name in ("Grace", "Wise")}
+    of |= {"AlphaEdit": _layers(*band), "Mend": _layers(*range(n_layers - 3, n_layers))}
+    return Preset(name=name, family=family, n_layers=n_layers, d_model=d_model, bundled=True, every=_PLANTED, of=of)
 
 
 PRESETS: tuple[Preset, ...] = (
