@@ -88,7 +88,7 @@ class Lora(Editor):
             targets = attention_matrices(lm, layers)
             tuner = self._tuner(twin.model, list(targets), is_transposed(next(iter(targets.values()))))
             adapters: dict[str, Any] = {path: twin.model.get_submodule(path).train() for path in targets}
-            learned = [p.requires_grad_() for p in twin.model.parameters() if p.requires_grad]
+            learned = [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
             for parameter in learned:
                 parameter.data = parameter.data.float()  # whatever the model's dtype
             optimizer = torch.optim.Adam(learned, lr=self.learning_rate)
