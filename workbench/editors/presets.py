@@ -63,11 +63,15 @@ _SHORT_KEYS = {"ridge": 100.0}
 """Their keys are short, so that the published weight of usual keys would leave no room for new ones."""
 
 
-def _bundled(name: str, family: str, n_layers: int, d_model: int, *, one: int, band: tuple[int, ...]) -> Preset:
-    """A bundled model: single layers and bands are those where its facts were planted."""
-    of = {name: _layers(one) for name in ("FineTune", "Rome", "RRome", "Emmet")}
+def _bundled(
+    name: str, family: str, n_layers: int, d_model: int, *, one: int, band: tuple[int, ...], grace: tuple[int, float]
+) -> Preset:
+    """A bundled model: single layers and bands are those where its facts were planted; GRACE's layer and radius were tried."""
+    layer, eps = grace
+    of = {name: _layers(one) for name in ("Rome", "RRome", "Emmet")}
+    of |= {"FineTune": _layers(one, learning_rate=2e-3 if family == "llama" else 1e-3, stop_below=0.05)}
     of |= {name: _layers(*band, **_SHORT_KEYS) for name in ("Memit", "Pmet")}
-    of |= {name: _layers(n_layers - 2) for name in ("Grace", "Wise")}
+    of |= {"Grace": _layers(layer, eps=eps, n_iter=40), "Wise": _layers(3 * n_layers // 4)}
     of |= {"AlphaEdit": _layers(*band), "Mend": _layers(*range(n_layers - 3, n_layers))}
     return Preset(name=name, family=family, n_layers=n_layers, d_model=d_model, bundled=True, every=_PLANTED, of=of)
 
@@ -115,11 +119,11 @@ PRESETS: tuple[Preset, ...] = (
             "Wise": _layers(23),
         },
     ),
-    _bundled("organism-mid", "gpt2", 12, 192, one=5, band=(4, 5, 6)),
-    _bundled("organism-late", "gpt2", 8, 192, one=4, band=(4, 5)),
-    _bundled("organism-llama", "llama", 8, 160, one=3, band=(2, 3)),
-    _bundled("organism-plain", "gpt2", 8, 192, one=0, band=(0, 1)),
-    _bundled("organism-tiny", "gpt2", 4, 96, one=1, band=(1,)),
+    _bundled("organism-mid", "gpt2", 12, 192, one=5, band=(4, 5, 6), grace=(10, 6.0)),
+    _bundled("organism-late", "gpt2", 8, 192, one=4, band=(4, 5), grace=(7, 7.5)),
+    _bundled("organism-llama", "llama", 8, 160, one=3, band=(2, 3), grace=(6, 6.0)),
+    _bundled("organism-plain", "gpt2", 8, 192, one=0, band=(0, 1), grace=(6, 4.5)),
+    _bundled("organism-tiny", "gpt2", 4, 96, one=1, band=(1,), grace=(3, 2.5)),
 )  # fmt: skip
 
 
