@@ -40,6 +40,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.zoo.world",
     ),
     2: (
+        "workbench.checkpoint_diff",
         "workbench.directions",
         "workbench.drawing",
         "workbench.export",
@@ -68,6 +69,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     4: (
         "workbench",  # only the names it offers
         "workbench.asked",
+        "workbench.edit_footprints",
         "workbench.editors",
         "workbench.lens_bridge",
         "workbench.locators",

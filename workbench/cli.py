@@ -232,6 +232,40 @@ def edit_facts(
 
 
 @app.command()
+def diff(
+    base: Annotated[Path, typer.Argument(help="Folder of the checkpoint before.")],
+    edited: Annotated[Path, typer.Argument(help="Folder of the checkpoint after, or of a LoRA adapter.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, as csv and parquet.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many of the most changed tensors are shown.")] = 20,
+) -> None:
+    """What differs between two checkpoints: which tensors, how much, of which rank. Neither model is held in memory."""
+    with one_sentence():
+        from workbench.checkpoint_diff import diff_checkpoints
+
+        for folder in (base, edited):
+            if not folder.is_dir():
+                raise InputError(f"{str(folder)!r} is no folder. Name the folder of a checkpoint.")
+        if out is not None:
+            check_writable(out)
+        with progress_bar(1):
+            found = diff_checkpoints(base, edited)
+        table = found.table[found.table["changed"]].sort_values("relative", ascending=False)
+        for row in table.head(limit).itertuples():
+            rank = "" if row.rank is None or row.rank != row.rank else f"  rank {row.rank}"
+            typer.echo(
+                f"{row.tensor:48} |dW|/|W| {row.relative:.3g}  largest {row.largest:.3g}  cosine {row.cosine:.6f}{rank}"
+            )
+        for name in ("only_base", "only_edited"):
+            if found.run[name]:
+                typer.echo(f"{name.replace('_', ' ')}: {', '.join(found.run[name][:5])}")
+        typer.echo(f"{found.run['verdict']} Layers count from 0.")
+        if out is not None:
+            found.save(out / "diff")
+            found.table.to_csv(out / "diff.csv", index=False)
+            typer.echo(f"Written to {out}")
+
+
+@app.command()
 def compare(
     out: Out,
     methods: Annotated[

@@ -1,0 +1,180 @@
+"""Two checkpoints compared piece by piece, against the same in memory; what kind of change it is; other tools' folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import workbench.checkpoint_diff as module
+from tests.examples import tiny_lm
+from tests.test_edits import edit_of, matrices
+from tests.tiny_models import tiny_lm_parts
+from workbench.checkpoint_diff import DiffError, diff_checkpoints
+from workbench.models import LM
+
+
+def saved(lm: LM, folder: Path) -> Path:
+    lm.model.save_pretrained(folder)
+    return folder
+
+
+def down(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.down_proj.weight"
+
+
+def test_equal_checkpoints_have_not_changed(tmp_path: Path, family: str) -> None:
+    folder = saved(tiny_lm(family), tmp_path / "base")
+    found = diff_checkpoints(folder, folder)
+    assert not found.table["changed"].any()
+    assert found.run["verdict"].startswith("Nothing changed")
+
+
+def test_numbers_are_those_of_the_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 500)  # many pieces a tensor
+    lm = tiny_lm("llama")
+    edit = edit_of(lm, down(1), "model.layers.2.self_attn.q_proj.weight")
+    base, edited = saved(lm, tmp_path / "base"), edit.merge(lm, tmp_path / "edited")
+    table = diff_checkpoints(base, edited).table.set_index("tensor")
+    assert set(table.index[table["changed"]]) == set(edit.changes)
+    for name in edit.changes:
+        weight, row = lm.model.get_parameter(name).detach().double(), table.loc[name]
+        with edit.on(lm):
+            delta = lm.model.get_parameter(name).detach().double() - weight
+        assert row["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert row["relative"] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-5)
+        assert row["largest"] == pytest.approx(float(delta.abs().max()), rel=1e-5)
+        expected = torch.cosine_similarity(weight.flatten(), (weight + delta).flatten(), dim=0)
+        assert row["cosine"] == pytest.approx(float(expected), abs=1e-6)
+        columns = (delta**2).sum(0)
+        assert row["top_columns"] == pytest.approx(float(columns.topk(5).values.sum() / columns.sum()), rel=1e-4)
+        values = torch.linalg.svdvals(delta)
+        best = float((values[:32] ** 2).sum() / (values**2).sum())
+        assert best * 0.8 < row["sketch"] <= best + 1e-6
+        assert row["stable_rank"] == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("names", "rank", "words"),
+    [
+        ([down(1)], 1, "A single matrix changed by a rank-one edit: model.layers.1.mlp.down_proj.weight."),
+        ([down(1)], 3, "A single matrix changed by a low-rank change (at most 3)"),
+        ([down(1), down(2)], 2, "A low-rank change (at most 2) of 2 of"),
+        ([down(3)], None, "A dense change of one layer: 1 of"),
+        ([down(0), down(1), down(3)], None, "A dense change, as fine-tuning leaves: 3 of"),
+    ],
+)
+def test_the_kind_of_change_is_told(tmp_path: Path, names: list[str], rank: int | None, words: str) -> None:
+    lm = tiny_lm("llama")
+    base, edited = saved(lm, tmp_path / "base"), edit_of(lm, *names, rank=rank).merge(lm, tmp_path / "edited")
+    found = diff_checkpoints(base, edited)
+    assert found.run["verdict"].startswith(words)
+    changed = found.table[found.table["changed"]]
+    assert sorted(changed["layer"]) == sorted(int(name.split(".")[2]) for name in names)
+    assert set(changed["module"]) == {"mlp.down_proj"}
+    if rank is not None:
+        assert (changed["rank"] == rank).all()
+
+
+def test_sharded_and_other_files_read_the_same(tmp_path: Path) -> None:
+    lm = tiny_lm("gpt2")
+    edit = edit_of(lm, matrices(lm)[4], rank=1)
+    base = saved(lm, tmp_path / "base")
+    edited = edit.merge(lm, tmp_path / "edited")
+    expected = diff_checkpoints(base, edited).table
+    tensors = load_file(edited / "model.safetensors")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:9]}, shards / "model-00001-of-00002.safetensors")
+    save_file(
+        {name.removeprefix("transformer."): tensors[name] for name in names[9:]},
+        shards / "model-00002-of-00002.safetensors",
+    )
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save(tensors, old / "pytorch_model.bin")
+    for folder in (shards, old):
+        table = diff_checkpoints(base, folder).table
+        assert table["norm"].tolist() == expected["norm"].tolist()
+
+
+def test_rounding_to_another_dtype_is_no_change(tmp_path: Path) -> None:
+    model, tokenizer = tiny_lm_parts("llama", 0)
+    base = saved(LM(model, tokenizer), tmp_path / "base")
+    model.bfloat16()
+    half = saved(LM(model, tokenizer), tmp_path / "half")
+    assert not diff_checkpoints(base, half).table["changed"].any()
+    assert not diff_checkpoints(half, base).table["changed"].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own use of transformers
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_of_peft_is_what_it_adds(tmp_path: Path, family: str) -> None:
+    model, tokenizer = tiny_lm_parts(family, 0)
+    base = saved(LM(model, tokenizer), tmp_path / "base")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    module_name = "q_proj" if family == "llama" else "c_attn"
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=[module_name], fan_in_fan_out=family == "gpt2")
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    table = diff_checkpoints(base, tmp_path / "adapter").table.set_index("tensor")
+    merged = adapted.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        delta = float((parameter.detach() - before[name]).norm())
+        assert table.loc[name, "norm"] == pytest.approx(delta, rel=1e-3, abs=1e-6)
+    changed = table[table["changed"]]
+    assert (changed["rank"] == 2).all()
+    assert all(module_name in name for name in changed.index)
+
+
+def test_what_has_no_counterpart_is_told(tmp_path: Path) -> None:
+    base = saved(tiny_lm("llama"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    gone, other = sorted(tensors)[0], tmp_path / "other"
+    other.mkdir()
+    save_file(
+        {**{name: x for name, x in tensors.items() if name != gone}, "extra": torch.ones(2)}, other / "m.safetensors"
+    )
+    run = diff_checkpoints(base, other).run
+    assert (run["only_base"], run["only_edited"]) == ([gone], ["extra"])
+
+
+def test_what_cannot_be_compared_is_told_in_a_sentence(tmp_path: Path) -> None:
+    base = saved(tiny_lm("llama"), tmp_path / "base")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DiffError, match="holds no weights"):
+        diff_checkpoints(base, empty)
+    with pytest.raises(DiffError, match="holds no weights"):
+        diff_checkpoints(base, tmp_path / "nowhere")
+    (empty / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(DiffError, match="cannot be read"):
+        diff_checkpoints(base, empty)
+    save_file({"x": torch.ones(2)}, empty / "model.safetensors")
+    with pytest.raises(DiffError, match="has a counterpart"):
+        diff_checkpoints(base, empty)
+    name = next(iter(load_file(base / "model.safetensors")))
+    save_file({name: torch.ones(2)}, empty / "model.safetensors")
+    with pytest.raises(DiffError, match="has shape"):
+        diff_checkpoints(base, empty)
+    (empty / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(DiffError, match="of kind IA3"):
+        diff_checkpoints(base, empty)
+
+
+def test_the_result_can_be_kept(tmp_path: Path) -> None:
+    base = saved(tiny_lm("llama"), tmp_path / "base")
+    found = diff_checkpoints(base, base)
+    again = type(found).load(found.save(tmp_path / "result"))
+    assert again.table["tensor"].tolist() == found.table["tensor"].tolist()
+    assert np.isfinite(found.table["norm"]).all()

@@ -1,0 +1,273 @@
+"""What differs between two checkpoints: read piece by piece, so that neither model is ever held in memory.
+
+Both may be folders of safetensors or of PyTorch's `.bin` files, sharded or not; the edited one also a folder with a PEFT adapter of
+the LoRA kind. Names are matched with or without a leading `model.`, `transformer.` or the like, since libraries differ in them.
+
+For each tensor: the Frobenius norm of the change, its share of the base's, and from a random sketch of 32 directions (Halko et al.
+2011, arXiv 0909.4061) how much of the change few directions hold. A change whose sketch holds all of it has at most that rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from workbench.errors import InputError
+from workbench.progress import track
+from workbench.results import Result, manifest
+
+SKETCH = 32
+"""Directions of the sketch."""
+
+AT_ONCE = 2**24
+"""Numbers of a tensor that are read together."""
+
+HELD = 1 - 1e-6
+"""Share of the change from which on the sketch is said to hold all of it."""
+
+
+class DiffError(InputError):
+    """Checkpoints that cannot be compared; the message says what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """The tensors of a folder, read when they are asked for."""
+
+    folder: Path
+    """Where they lie."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """By name."""
+
+    rows: Callable[[str, int, int], Tensor]
+    """Of a tensor by name, the rows from the first to before the second number; a tensor without dimensions has one."""
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """A folder of weights.
+
+    Raises:
+        DiffError: there are none, or a file is damaged.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise DiffError(
+            f"{str(folder)!r} holds no weights, expected *.safetensors or pytorch_model*.bin. Name a folder of a checkpoint."
+        )
+    try:
+        if files[0].suffix == ".bin":
+            loaded = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+            tensors = {name: tensor for part in loaded for name, tensor in part.items()}
+            return Checkpoint(
+                folder=folder,
+                shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                rows=lambda name, first, stop: torch.atleast_1d(tensors[name])[first:stop],
+            )
+        places, shapes = {}, {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # no mapping
+                    places[name], shapes[name] = file, tuple(opened.get_slice(name).get_shape())
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        raise DiffError(f"A file of {str(folder)!r} cannot be read: {error}. Load the checkpoint anew.") from error
+
+    def rows(name: str, first: int, stop: int) -> Tensor:
+        with safe_open(places[name], framework="pt") as opened:
+            part: Tensor = opened.get_slice(name)[first:stop] if shapes[name] else opened.get_tensor(name)[None]
+            return part
+
+    return Checkpoint(folder=folder, shapes=shapes, rows=rows)
+
+
+def diff_checkpoints(base: Path | str, edited: Path | str, *, seed: int = 0) -> Result:
+    """Every tensor that both have, and how it changed.
+
+    Args:
+        base: folder of the model before.
+        edited: folder of the model after, or of a LoRA adapter.
+        seed: of the sketch.
+
+    Returns:
+        One row a tensor in the base's order: `tensor`, `layer` (0-based, -1 outside of the blocks), `module`, `shape`, `changed`,
+        `norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best 32
+        directions), `rank` (where those hold all of it, else missing), `stable_rank`, `top_rows` and `top_columns` (share of |dW|^2
+        in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The manifest has
+        `verdict`, and `only_base` and `only_edited`: tensors without a counterpart.
+
+    Raises:
+        DiffError: nothing to compare: no weights, other shapes, or no name in common.
+    """
+    first = open_checkpoint(base)
+    adapter = _adapter(Path(edited), first)
+    second = adapter or open_checkpoint(edited)
+    pairs = _paired(first.shapes, second.shapes)
+    if not pairs:
+        raise DiffError(
+            f"No tensor of {str(base)!r} has a counterpart in {str(edited)!r}, e.g. {next(iter(first.shapes))!r} and "
+            f"{next(iter(second.shapes))!r}. Name two checkpoints of one model."
+        )
+    for name, other in pairs.items():
+        if first.shapes[name] != second.shapes[other]:
+            raise DiffError(
+                f"{name} has shape {first.shapes[name]} in the base and {second.shapes[other]} in the edited model. "
+                "Name two checkpoints of one model."
+            )
+    rows = [_row(first, second, name, other, seed) for name, other in track(pairs.items(), "tensors", len(pairs))]
+    table = pd.DataFrame(rows)
+    table["rank"] = table["rank"].astype("Int64")
+    run = manifest(
+        "Checkpoint diff", model={}, parameters={"base": str(base), "edited": str(edited), "seed": seed}, facts=(),
+        verdict=verdict(table), adapter=adapter is not None,
+        only_base=sorted(set(first.shapes) - set(pairs)),
+        only_edited=[] if adapter else sorted(set(second.shapes) - set(pairs.values())),
+    )  # fmt: skip
+    return Result(table=table, run=run)
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """What kind of change it is, in a sentence."""
+    changed = table[table["changed"]]
+    if changed.empty:
+        return f"Nothing changed: all {len(table)} tensors are equal."
+    layers = sorted(set(changed.loc[changed["layer"] >= 0, "layer"]))
+    where = f"{len(changed)} of {len(table)} tensors, in {_layer_words(layers)}"
+    matrices = changed[changed["shape"].map(len) == 2]
+    ranks = matrices["rank"].dropna()
+    if len(matrices) and len(ranks) == len(matrices):
+        most = int(ranks.max())
+        kind = "rank-one edit" if most == 1 else f"low-rank change (at most {most})"
+        if len(layers) == 1 and len(changed) == 1:
+            return f"A single matrix changed by a {kind}: {changed['tensor'].iloc[0]}."
+        return f"A {kind} of {where}."
+    if len(layers) == 1:
+        return f"A dense change of one layer: {where}."
+    return f"A dense change, as fine-tuning leaves: {where}."
+
+
+def _layer_words(layers: list[int]) -> str:
+    if not layers:
+        return "no block"
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    whole = layers == list(range(layers[0], layers[-1] + 1))
+    return f"layers {layers[0]} to {layers[-1]}" if whole else f"layers {', '.join(map(str, layers))}"
+
+
+def _row(first: Checkpoint, second: Checkpoint, name: str, other: str, seed: int) -> dict[str, Any]:
+    """One tensor, in two walks over its rows: one for norms and the sketch, one for what the sketch's directions hold."""
+    shape = first.shapes[name]
+    width = int(np.prod(shape[1:]))
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(width, SKETCH, generator=generator) if len(shape) == 2 else None
+    old = new = change = inner = largest = 0.0
+    sketched, by_row, by_column = [], [], torch.zeros(width, dtype=torch.float64)
+    for before, delta in _pieces(first, second, name, other):
+        squares = delta.double() ** 2
+        old, change = old + float((before.double() ** 2).sum()), change + float(squares.sum())
+        new, inner = (
+            new + float(((before + delta).double() ** 2).sum()),
+            inner + float((before * (before + delta)).double().sum()),
+        )
+        largest = max(largest, float(delta.abs().max()) if delta.numel() else 0.0)
+        by_row.append(squares.sum(1))
+        by_column += squares.sum(0)
+        if probe is not None:
+            sketched.append(delta @ probe)
+    found = re.search(r"\.(\d+)\.(.+?)(\.\w+)?$", f".{name}")
+    row = {
+        "tensor": name, "layer": int(found[1]) if found else -1, "module": found[2] if found else name, "shape": list(shape),
+        "changed": change > 0, "norm": change**0.5, "relative": (change / old) ** 0.5 if old else float("nan"), "largest": largest,
+        "cosine": inner / (old * new) ** 0.5 if old and new else float("nan"), "sketch": float("nan"), "rank": None,
+        "stable_rank": float("nan"), "top_rows": float("nan"), "top_columns": float("nan"),
+    }  # fmt: skip
+    if change == 0 or probe is None:
+        return row
+    basis = torch.linalg.qr(torch.cat(sketched)).Q.double()
+    held, start = torch.zeros(basis.shape[1], width, dtype=torch.float64), 0
+    for _, delta in _pieces(first, second, name, other):
+        held += basis[start : start + len(delta)].T @ delta.double()
+        start += len(delta)
+    values = torch.linalg.svdvals(held)
+    share = float((values**2).sum()) / change
+    rank = int((values > values[0] * 1e-4).sum())
+    return {
+        **row, "sketch": min(share, 1.0), "stable_rank": change / float(values[0] ** 2),
+        "rank": rank if share > HELD and rank < SKETCH else None,
+        "top_rows": float(torch.cat(by_row).topk(min(5, shape[0])).values.sum()) / change,
+        "top_columns": float(by_column.topk(min(5, width)).values.sum()) / change,
+    }  # fmt: skip
+
+
+def _pieces(first: Checkpoint, second: Checkpoint, name: str, other: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the base, and by how much they changed; float32, (row, everything else)."""
+    shape = first.shapes[name]
+    n = shape[0] if shape else 1
+    step = max(1, AT_ONCE // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, n, step):
+        before, after = first.rows(name, start, start + step), second.rows(other, start, start + step)
+        if before.dtype != after.dtype:  # what rounding explains is no change
+            coarser = min(before.dtype, after.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
+            before, after = before.to(coarser), after.to(coarser)
+        old = before.float().reshape(len(before), -1)
+        yield old, after.float().reshape(len(after), -1) - old
+
+
+_PREFIX = re.compile(r"^(base_model\.model\.|module\.|transformer\.|model\.|gpt_neox\.)+")
+
+
+def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, str]:
+    """By the base's name, the edited one's, as far as both have a tensor."""
+    bare = {_PREFIX.sub("", name): name for name in second}
+    found = {name: name if name in second else bare.get(_PREFIX.sub("", name)) for name in first}
+    return {name: other for name, other in found.items() if other is not None}
+
+
+def _adapter(folder: Path, base: Checkpoint) -> Checkpoint | None:
+    """The base with a LoRA adapter on it; None where the folder holds none.
+
+    Raises:
+        DiffError: an adapter of another kind, or for another model.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA":
+        raise DiffError(
+            f"The adapter in {str(folder)!r} is of kind {config.get('peft_type')}, expected LORA. Merge it first."
+        )
+    parts = open_checkpoint(folder)
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    bare = {_PREFIX.sub("", name): name for name in base.shapes}
+    pairs: dict[str, tuple[str, str]] = {}
+    for name in parts.shapes:
+        if match := re.fullmatch(r"(.+)\.lora_A(?:\.default)?\.weight", name):
+            target = bare.get(_PREFIX.sub("", f"{match[1]}.weight"))
+            if target is None:
+                raise DiffError(
+                    f"The adapter changes {match[1]}, which {str(base.folder)!r} has not. Name its own model."
+                )
+            pairs[target] = (name, name.replace(".lora_A", ".lora_B"))
+    turned = bool(config.get("fan_in_fan_out"))
+
+    def rows(name: str, first: int, stop: int) -> Tensor:
+        before = base.rows(name, first, stop)
+        if name not in pairs:
+            return before
+        a, b = (parts.rows(part, 0, parts.shapes[part][0]).float() for part in pairs[name])
+        delta = scale * (a.T[first:stop] @ b.T if turned else b[first:stop] @ a)
+        after: Tensor = before.float() + delta  # not rounded: an adapter stands beside the weights
+        return after
+
+    return Checkpoint(folder=folder, shapes=dict(base.shapes), rows=rows)
