@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,15 @@ def test_a_saved_folder_is_loaded_as_it_was(saved: Path) -> None:
     assert lm.name == str(saved)
     assert run(lm, lm.encode([EIFFEL])).logits.equal(run(original, original.encode([EIFFEL])).logits)
     assert not lm.model.training
+
+
+def test_several_models_are_loaded_at_once(saved: Path) -> None:
+    """As tabs of the app do, each model in a thread of its own."""
+    names = (str(saved), "organism-tiny", "organism-late")
+    with ThreadPoolExecutor(len(names)) as pool:
+        loaded = list(pool.map(load, names * 3))
+    assert [lm.name for lm in loaded] == [*names * 3]
+    assert len({lm.weight_hash for lm in loaded}) == len(names)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

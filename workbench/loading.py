@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
@@ -26,6 +27,9 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+
+_loading = threading.Lock()
+"""While transformers loads a model it turns switches of the whole process, so that a second load beside it can miss weights."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Files that hold a tokenizer. Without any, transformers makes an empty one."""
@@ -75,7 +79,7 @@ def load(
         if device_map is None:
             _check_memory(config, str(name), place, dtype)
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
-        with _no_bar():
+        with _loading, _no_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype="auto" if dtype == "auto" else _DTYPES[dtype],
