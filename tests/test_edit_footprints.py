@@ -34,7 +34,8 @@ def test_the_row_of_the_changed_layer_has_the_relative_norm(family: str) -> None
     edit = edit_of(lm, name, rank=1)
     found = weight_footprint(lm, edit)
     assert list(found.table.columns) == list(FOOTPRINT_COLUMNS)
-    (row,) = found.table.to_dict("records")
+    assert list(found.table["layer"]) == list(range(lm.n_layers))
+    (row,) = found.table[found.table["value"] > 0].to_dict("records")
     change, weight = edit.changes[name], lm.model.get_parameter(name).detach()
     assert isinstance(change, LowRank)
     assert (row["layer"], row["kind"], row["token"]) == (2, "mlp_out", "all")
@@ -67,6 +68,7 @@ def test_matrices_that_act_on_one_site_are_taken_together() -> None:
     ]
     edit = edit_of(lm, *names)
     table = weight_footprint(lm, edit).table
+    table = table[table["value"] > 0]
     assert list(zip(table["layer"], table["kind"], strict=True)) == [(1, "mlp_post"), (3, "z")]
     new = torch.tensor([float(dense(edit, name).norm()) for name in names[:2]])
     old = torch.tensor([float(lm.model.get_parameter(name).detach().norm()) for name in names[:2]])

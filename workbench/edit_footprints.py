@@ -51,10 +51,10 @@ def weight_footprint(lm: LM, edit: Edit) -> Footprint:
 
     Returns:
         One row a layer and kind of site, for every edited fact (a batch's change is shared by its facts), `value` the relative
-        Frobenius norm |dW| / |W| of the matrices that act there. The extra table `matrices` has one row a parameter:
-        `norm`, `relative`, `rank` (numerical), `spectrum` (the ten largest singular values), `stable_rank` (|dW|_F^2 / |dW|_2^2),
-        `share_1`, `share_5`, `share_20` (of |dW|_F^2 in the most changed neurons), `neurons` (those, by index), and `cosine`
-        (between W and W + dW).
+        Frobenius norm |dW| / |W| of the changed matrices that act there; 0 where none is changed. The extra table `matrices` has
+        one row a parameter: `norm`, `relative`, `rank` (numerical), `spectrum` (the ten largest singular values), `stable_rank`
+        (|dW|_F^2 / |dW|_2^2), `share_1`, `share_5`, `share_20` (of |dW|_F^2 in the most changed neurons), `neurons` (those, by
+        index), and `cosine` (between W and W + dW).
 
     Raises:
         EditError: the edit changes no weights of a block, or does not belong to this model.
@@ -65,18 +65,20 @@ def weight_footprint(lm: LM, edit: Edit) -> Footprint:
     if matrices.empty:
         raise EditError("This edit changes no weights of a block. Look at its functional footprint.")
     squares = matrices.assign(new=matrices["norm"] ** 2, old=matrices["base_norm"] ** 2)
-    sites = squares.groupby(["layer", "kind"], sort=True)[["new", "old"]].sum().reset_index()
+    sums = squares.groupby(["kind", "layer"])[["new", "old"]].sum()
+    everywhere = pd.MultiIndex.from_product([sums.index.unique("kind"), range(lm.n_layers)], names=["kind", "layer"])
+    sites = sums.reindex(everywhere, fill_value=0.0).reset_index()
     facts = edit.facts or (Fact.typed(text="an edit", subject="edit"),)
     tables = [
         site_rows(
             fact, lm.encode([fact]), kind=list(sites["kind"]), layer=sites["layer"].to_numpy(), position=None,
-            value=np.sqrt(sites["new"] / sites["old"]).to_numpy(), score=np.sqrt(sites["new"]).to_numpy(),
+            value=np.sqrt(sites["new"] / sites["old"].where(sites["old"] > 0, 1.0)).to_numpy(),
         )
         for fact in facts
     ]  # fmt: skip
     return Footprint(
         table=pd.concat(tables, ignore_index=True),
-        run=_manifest(lm, edit, "Weight footprint", "relative change of the weights |dW| / |W|"),
+        run=_manifest(lm, edit, "Weight footprint", "relative change |ΔW| / |W|"),
         extras={"matrices": matrices},
     )
 
@@ -92,9 +94,10 @@ def functional_footprint(lm: LM, edit: Edit, *, neighbors: bool = True) -> Footp
         neighbors: also measure the prompts of `Fact.neighbors`.
 
     Returns:
-        One row a layer, kind (states, MLP and attention outputs) and token, `value` the relative change |x' - x| / |x|, `score` the
-        cosine of x and x'. The extra table `neighbors` has the same at the last token of each neighbor (fact, prompt, layer,
-        kind, value, cosine); `lens` has KL(lens before || lens after) of every state in nats (fact, layer, position, kl).
+        One row a layer, kind (states, MLP and attention outputs) and token, `value` the relative change |x' - x| / |x|; the
+        further column `cosine` is that of x and x'. The extra table `neighbors` has the same at the last token of each neighbor
+        (fact, prompt, layer, kind, value, cosine); `lens` has KL(lens before || lens after) of every state in nats (fact, layer,
+        position, kl).
 
     Raises:
         EditError: the edit does not belong to this model, or has no facts.
@@ -111,8 +114,8 @@ def functional_footprint(lm: LM, edit: Edit, *, neighbors: bool = True) -> Footp
             found.append(
                 site_rows(
                     fact, tokens, kind=kind, layer=layers.ravel(), position=positions.ravel(),
-                    value=change.ravel(), score=cosine.ravel(),
-                )
+                    value=change.ravel(),
+                ).assign(cosine=cosine.ravel())
             )  # fmt: skip
         lenses.append(
             pd.DataFrame({
@@ -135,7 +138,7 @@ def functional_footprint(lm: LM, edit: Edit, *, neighbors: bool = True) -> Footp
         extras["neighbors"] = pd.concat(others, ignore_index=True)
     return Footprint(
         table=pd.concat(found, ignore_index=True),
-        run=_manifest(lm, edit, "Functional footprint", "relative change of the activation |x' - x| / |x|"),
+        run=_manifest(lm, edit, "Functional footprint", "relative change |Δx| / |x|"),
         extras=extras,
     )
 
