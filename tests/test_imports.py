@@ -69,6 +69,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     4: (
         "workbench",  # only the names it offers
         "workbench.asked",
+        "workbench.easyedit",
         "workbench.edit_footprints",
         "workbench.editors",
         "workbench.lens_bridge",
