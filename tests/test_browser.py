@@ -112,6 +112,16 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def settled(tab: Page) -> str:
+    """The address, once the page is drawn and the address has stayed as it is for a second."""
+    expect(tab.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+    before = ""
+    while before != tab.url:
+        before = tab.url
+        tab.wait_for_timeout(1000)
+    return before
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two tiny random models as folders."""
@@ -206,7 +216,7 @@ def test_trace_click_download_and_reload(
     assert images_in(pdf) == 0
 
     made = server.pieces()
-    again = open_tab(tab.url)
+    again = open_tab(settled(tab))
     expect(maps(again)).to_have_count(3)
     expect(again.get_by_role("heading", name="Layer 2, MLP output, at “of”")).to_be_visible()
     assert again.url == tab.url
@@ -280,7 +290,7 @@ def test_the_url_of_an_earlier_trace_is_that_trace(open_tab: Callable[..., Page]
         tab.locator(f".st-key-open-{asked.key} button").first.click()
         expect(tab.locator(f"[class*='st-key-map-{asked.key}'] .js-plotly-plot")).to_have_count(3)
         tab.keyboard.press("Escape")
-        again = open_tab(tab.url)
+        again = open_tab(settled(tab))
         expect(again.locator(f"[class*='st-key-map-{asked.key}'] .js-plotly-plot")).to_have_count(3)
         heading = again.locator("h3").inner_text()
         assert heading == tab.locator("h3").inner_text()
@@ -310,7 +320,7 @@ def test_two_prompts_are_patched_clicked_and_opened_again(
         tab.get_by_role("button", name="PDF", exact=True).click()
     assert Path(waiting.value.path()).read_bytes().startswith(b"%PDF")
 
-    again = open_tab(tab.url)
+    again = open_tab(settled(tab))
     expect(maps(again)).to_have_count(3)
     expect(again.get_by_role("heading", name="Layer 2, MLP output, at “of”")).to_be_visible()
     assert again.url == tab.url
@@ -334,7 +344,7 @@ def test_methods_are_compared_and_a_page_of_one_is_opened(
     with tab.expect_download() as waiting:
         tab.locator(".st-key-download-svg button").click()
     assert b"<svg" in Path(waiting.value.path()).read_bytes()
-    again = open_tab(tab.url)
+    again = open_tab(settled(tab))
     expect(again.locator(".st-key-comparison .js-plotly-plot .legend")).to_be_visible()
     assert again.url == tab.url
 

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.test_browser import Server, browser, images_in, models, open_tab, server
+from tests.test_browser import Server, browser, images_in, models, open_tab, server, settled
 
 pytestmark = pytest.mark.browser
 
@@ -88,7 +88,7 @@ def test_from_the_button_to_a_neuron_by_dot_by_row_and_by_word(
     assert pdf.startswith(b"%PDF")
     assert images_in(pdf) == 0
 
-    again = open_tab(tab.url)
+    again = open_tab(settled(tab))
     expect(card(again)).to_have_text(card(tab).inner_text())
     expect(again.locator("[class*='st-key-search-']")).to_have_count(1)
     assert again.url == tab.url
