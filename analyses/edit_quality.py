@@ -29,6 +29,7 @@ import typer
 from torch import Tensor
 
 from workbench import zoo
+from workbench.cli_parts import one_sentence
 from workbench.editors import all_editors
 from workbench.editors.base import Editor
 from workbench.errors import InputError
@@ -218,7 +219,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Edits facts of a bundled model by every editor, one at a time, and prints how good the edits are."""
-    try:
+    with one_sentence():
         torch.set_num_threads(threads)
         known = all_editors()
         names = [name.strip() for name in editors.split(",") if name.strip()] or list(known)
@@ -231,10 +232,6 @@ def main(
         typer.echo(markdown(result))
         for what, why in result.run["left_out"].items():
             typer.echo(f"left out: {what}: {why}", err=True)
-
-    except InputError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -172,6 +172,28 @@ def test_what_cannot_be_compared_is_told_in_a_sentence(tmp_path: Path) -> None:
         diff_checkpoints(base, empty)
 
 
+def test_files_of_strangers_run_nothing_and_get_a_sentence(tmp_path: Path) -> None:
+    base, other = saved(tiny_lm("llama"), tmp_path / "base"), tmp_path / "other"
+    other.mkdir()
+    for content in ({"x": Path("hostile")}, {"x": "text"}, [1, 2]):
+        torch.save(content, other / "pytorch_model.bin")
+        with pytest.raises(DiffError, match="cannot be read"):
+            diff_checkpoints(base, other)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    good = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    for config, a, b, says in (
+        ({**good, "r": 0}, (2, 96), (48, 2), "no rank and scale"),
+        ({"peft_type": "LORA"}, (2, 96), (48, 2), "no rank and scale"),
+        (good, (2, 5), (48, 2), "expected"),
+        (good, (2, 96), None, "expected"),
+    ):
+        tensors = {name.format("A"): torch.ones(a)} | ({name.format("B"): torch.ones(b)} if b else {})
+        save_file(tensors, other / "adapter_model.safetensors")
+        (other / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(DiffError, match=says):
+            diff_checkpoints(base, other)
+
+
 def test_the_result_can_be_kept(tmp_path: Path) -> None:
     base = saved(tiny_lm("llama"), tmp_path / "base")
     found = diff_checkpoints(base, base)

@@ -102,6 +102,16 @@ def test_layers_that_are_not_named_are_those_of_the_preset(tmp_path: Path) -> No
         ("[1, 2]", EditError, "of alg_name None"),
         ("{alg_name: [", EditError, "cannot be read as YAML"),
         ("{alg_name: ROME, layers: x}", EditError, "layers is 'x'"),
+        (
+            "{alg_name: ROME, context_template_length_params: [[5, 1e12]]}",
+            EditError,
+            "context_template_length_params is",
+        ),
+        (
+            "{alg_name: ROME, context_template_length_params: [[5, 1000000000000]]}",
+            EditError,
+            "context_template_length",
+        ),
         ("{alg_name: ROME, v_lr: fast}", EditError, "v_lr is 'fast'"),
         ("{alg_name: GRACE, inner_params: [mlp]}", EditError, "inner_params is"),
         ("{alg_name: WISE, act_margin: [1, 2]}", EditError, "act_margin is"),

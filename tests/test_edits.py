@@ -312,6 +312,14 @@ def test_a_parameter_that_is_not_there_is_refused() -> None:
             pass
 
 
+def test_a_module_that_is_not_there_is_refused() -> None:
+    lm = tiny_lm("llama")
+    edit = Edit(base=lm.weight_hash, sides=(Doubling(module="nowhere", factor=torch.tensor(2.0)),))
+    with pytest.raises(EditError, match="no module nowhere"), edit.on(lm):
+        pass
+    assert edits_on(lm) == ()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(EditError, match="not finite"):

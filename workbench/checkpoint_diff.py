@@ -10,6 +10,7 @@ For each tensor: the Frobenius norm of the change, its share of the base's, and 
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  # no mapping
                     places[name], shapes[name] = file, tuple(opened.get_slice(name).get_shape())
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise DiffError(f"A file of {str(folder)!r} cannot be read: {error}. Load the checkpoint anew.") from error
 
     def rows(name: str, first: int, stop: int) -> Tensor:
@@ -217,7 +218,9 @@ def _pieces(first: Checkpoint, second: Checkpoint, name: str, other: str) -> Ite
     step = max(1, AT_ONCE // max(1, int(np.prod(shape[1:]))))
     for start in range(0, n, step):
         before, after = first.rows(name, start, start + step), second.rows(other, start, start + step)
-        if before.dtype != after.dtype:  # what rounding explains is no change
+        if (
+            before.dtype != after.dtype and before.is_floating_point() and after.is_floating_point()
+        ):  # what rounding explains is no change
             coarser = min(before.dtype, after.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
             before, after = before.to(coarser), after.to(coarser)
         old = before.float().reshape(len(before), -1)
@@ -242,13 +245,20 @@ def _adapter(folder: Path, base: Checkpoint) -> Checkpoint | None:
     """
     if not (folder / "adapter_config.json").is_file():
         return None
-    config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA":
-        raise DiffError(
-            f"The adapter in {str(folder)!r} is of kind {config.get('peft_type')}, expected LORA. Merge it first."
-        )
     parts = open_checkpoint(folder)
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config.get("peft_type") != "LORA":
+            raise DiffError(
+                f"The adapter in {str(folder)!r} is of kind {config.get('peft_type')}, expected LORA. Merge it first."
+            )
+        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, DiffError):
+            raise
+        raise DiffError(
+            f"{str(folder / 'adapter_config.json')!r} tells no rank and scale. Save the adapter anew."
+        ) from error
     bare = {_PREFIX.sub("", name): name for name in base.shapes}
     pairs: dict[str, tuple[str, str]] = {}
     for name in parts.shapes:
@@ -260,6 +270,13 @@ def _adapter(folder: Path, base: Checkpoint) -> Checkpoint | None:
                 )
             pairs[target] = (name, name.replace(".lora_A", ".lora_B"))
     turned = bool(config.get("fan_in_fan_out"))
+    for target, (a_name, b_name) in pairs.items():
+        a_shape, b_shape = parts.shapes[a_name], parts.shapes.get(b_name, ())
+        shape = (b_shape[:1] + a_shape[1:])[:: -1 if turned else 1]
+        if shape != base.shapes[target] or b_shape[1:] != a_shape[:1]:
+            raise DiffError(
+                f"The adapter's change of {target} has shape {shape}, expected {base.shapes[target]}. Name its own model."
+            )
 
     def rows(name: str, first: int, stop: int) -> Tensor:
         before = base.rows(name, first, stop)

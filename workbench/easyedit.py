@@ -63,6 +63,9 @@ FORMATS: dict[str, tuple[str, dict[str, str]]] = {
 }  # fmt: skip
 """By EasyEdit's `alg_name`: our editor, and our name of each entry. For LoRA, `lora_type` stands in its place."""
 
+MOST_PREFIXES = 1000
+"""Texts before a prompt that a file may ask for."""
+
 MARGINS = ("alpha", "beta", "gamma")
 """WISE's margins, which its file has in one entry, `act_margin`."""
 
@@ -152,6 +155,8 @@ def _read(entry: str, value: Any, kind: str, path: Path | str) -> Any:
     """A value of a file as our field takes it."""
     try:
         if entry == "context_template_length_params":
+            if sum(int(n) for _, n in value) > MOST_PREFIXES:
+                raise ValueError
             return tuple(int(length) for length, n in value for _ in range(int(n)))
         if entry == "inner_params":
             return tuple(int(re.findall(r"\[(\d+)\]", text)[0]) for text in value)

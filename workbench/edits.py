@@ -199,7 +199,10 @@ class Edit:
                 f"This edit was made on top of {len(self.after)} other edit(s), of which {', '.join(missing)} is not applied. "
                 "Apply the earlier edits first, or add them up: first + this."
             )
-        parameters = dict(lm.model.named_parameters())
+        modules, parameters = dict(lm.model.named_modules()), dict(lm.model.named_parameters())
+        for side in self.sides:
+            if isinstance(side, Memory) and side.module not in modules:
+                raise EditError(f"{lm.name} has no module {side.module}. Was it loaded another way?")
         for name, change in self.changes.items():
             shape = (len(change.rows), len(change.columns)) if isinstance(change, LowRank) else tuple(change.shape)
             if name not in parameters or tuple(parameters[name].shape) != shape:

@@ -7,6 +7,7 @@ other projects are read into it by `workbench.data`; a sentence typed by a user 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,3 +144,19 @@ class Fact:
             prompt = text[:at] + SLOT + text[at + len(subject) :]
         digest = hashlib.sha256(f"{prompt}\n{subject}\n{target_true}".encode()).hexdigest()[:8]
         return cls(id=id or f"typed-{digest}", subject=subject, prompt=prompt, target_true=target_true.strip())
+
+
+def distinct_facts(facts: Iterable[Fact], *, to: str) -> list[Fact]:
+    """The facts as a list.
+
+    Raises:
+        FactError: there is none to do something with (`to`, e.g. "locate"), or two have the same id.
+    """
+    facts = list(facts)
+    if not facts:
+        raise FactError(f"There is no fact to {to}. Give at least one.")
+    ids = [fact.id for fact in facts]
+    if len(set(ids)) < len(ids):
+        double = next(i for i in ids if ids.count(i) > 1)
+        raise FactError(f"The fact id {double!r} stands {ids.count(double)} times. Give every fact its own id.")
+    return facts

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from workbench.editors.base import Editor
+from workbench.editors.recommending import recommend_layers
 from workbench.edits import Change, Edit, EditError, LowRank, base_of, unedited
 from workbench.facts import Fact
 from workbench.generation import continue_tokens
@@ -81,8 +82,6 @@ class ValueEditor(Editor):
 
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """This editor with its layers fixed."""
-        from workbench.editors.recommending import recommend_layers
-
         layers = self.layers
         if layers is None:
             layers = recommend_layers(lm, facts, n=self.n_layers(lm)).layers

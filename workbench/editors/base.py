@@ -14,8 +14,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from workbench.checks import self_checks
+from workbench.editors.presets import preset
 from workbench.edits import Change, Edit, EditError, LowRank, Side, base_of, edits_on, joined
-from workbench.facts import Fact, FactError
+from workbench.facts import Fact, FactError, distinct_facts
 from workbench.hooks import is_patched
 from workbench.models import LM
 from workbench.options import check_fields, check_options
@@ -105,8 +106,6 @@ class Editor(ABC):
         Raises:
             FactError: there is no such option, or it cannot have this value.
         """
-        from workbench.editors.presets import preset
-
         check_options(cls, options)
         names = {one.name for one in fields(cls)}
         known = {} if lm is None else {k: v for k, v in preset(lm, cls.__name__).items() if k in names}
@@ -141,13 +140,7 @@ def edit_stream(editor: Editor, lm: LM, facts: Sequence[Fact], *, after: Edit | 
 
 def _checked(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
     """The facts, if they can be edited."""
-    facts = list(facts)
-    if not facts:
-        raise FactError("There is no fact to edit. Give at least one.")
-    ids = [fact.id for fact in facts]
-    if len(set(ids)) < len(ids):
-        double = next(i for i in ids if ids.count(i) > 1)
-        raise FactError(f"The fact id {double!r} stands {ids.count(double)} times. Give every fact its own id.")
+    facts = distinct_facts(facts, to="edit")
     for fact in facts:
         if not (fact.target_new or "").strip():
             raise FactError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from workbench.checks import self_checks
-from workbench.facts import Fact, FactError
+from workbench.facts import Fact, FactError, distinct_facts
 from workbench.hooks import is_patched
 from workbench.models import LM
 from workbench.options import check_fields, check_options
@@ -141,13 +141,7 @@ def locate(
         FactError: no facts, or two of the same id; a fact that the method cannot take, or with `skip` none that it can.
         Cancelled: whoever listens to the progress stopped it.
     """
-    facts = list(facts)
-    if not facts:
-        raise FactError("There is no fact to locate. Give at least one.")
-    ids = [fact.id for fact in facts]
-    if len(set(ids)) < len(ids):
-        double = next(i for i in ids if ids.count(i) > 1)
-        raise FactError(f"The fact id {double!r} stands {ids.count(double)} times. Give every fact its own id.")
+    facts = distinct_facts(facts, to="locate")
     if store is not None and is_patched():
         raise FactError("A patched model's results would be kept as the model's own. Use no store inside of patched().")
     lm.model.eval()
