@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of huggingface_hub, which reads it once
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ CHECKED = [f"workbench.{name}" for name in ("hooks", "metrics", "models", "noise
 
 install_import_hook(CHECKED, "beartype.beartype")  # before the first import of any of them
 
-from tests.examples import TRACED, tiny_lm  # noqa: E402
+from tests.examples import TRACED, fresh_lm, tiny_lm  # noqa: E402
 from workbench.models import LM  # noqa: E402
 
 
@@ -46,3 +47,13 @@ def gpt2() -> Iterator[LM]:
     before = model.weight_hash
     yield model
     assert model.weight_hash == before, "the test changed a shared model; use fresh_lm"
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    lm = fresh_lm("gpt2")
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder

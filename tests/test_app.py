@@ -25,16 +25,6 @@ SOON = 60.0
 """Seconds after which a test gives up."""
 
 
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model as a folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    lm = fresh_lm("gpt2")
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A results folder of the test's own, no bundled examples, and new workers."""
