@@ -29,11 +29,11 @@ import typer
 from torch import Tensor
 
 from workbench import zoo
-from workbench.cli_parts import one_sentence
+from workbench.cli_parts import one_sentence, progress_bar
 from workbench.editors import all_editors
 from workbench.editors.base import Editor
 from workbench.errors import InputError
-from workbench.facts import Fact, Probe
+from workbench.facts import Fact, Probe, spread
 from workbench.generation import continue_prompts
 from workbench.hooks import run
 from workbench.loading import load
@@ -41,6 +41,7 @@ from workbench.locators.base import peak_memory
 from workbench.models import LM
 from workbench.progress import track
 from workbench.results import Result, manifest
+from workbench.store import Store
 
 MEASURES = (
     "efficacy",
@@ -54,17 +55,20 @@ MEASURES = (
 )
 """Columns of the table that are means over a fact's prompts; larger is better."""
 
+_WHAT = "Edit quality"
+
 SAMPLED = 60
 """Tokens of text whose entropy is taken."""
 
 
-def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor]) -> Result:
+def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor], *, store: Store | None = None) -> Result:
     """Edits every fact alone by every editor, and scores it.
 
     Args:
         lm: the model.
         facts: with `target_new`; paraphrases, neighbors and locality as far as they are there.
         editors: by label.
+        store: where each editor's rows are kept and looked for, so that a stopped run goes on.
 
     Returns:
         One row an editor and fact with `MEASURES` (0 to 1, `entropy` in bits; NaN where a fact has no such prompts),
@@ -73,15 +77,36 @@ def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor]) -
     Raises:
         InputError: no fact could be edited by any editor.
     """
+    parts = []
+    for label, editor in editors.items():
+        run_ = manifest(_WHAT, model=lm.protocol, parameters={label: repr(editor)}, facts=facts, left_out={})
+        part = store.find(run_, Result) if store else None
+        if part is None:
+            part = _of_one(lm, facts, label, editor, run_)
+            if store:
+                store.save(part)
+        parts.append(part)
+    left_out = {what: why for part in parts for what, why in part.run["left_out"].items()}
+    table = pd.concat([part.table for part in parts if len(part.table)] or [pd.DataFrame()], ignore_index=True)
+    if table.empty:
+        raise InputError(f"No fact could be edited. The first: {next(iter(left_out.values()), 'none was given')}")
+    run_ = manifest(
+        _WHAT, model=lm.protocol, parameters={label: repr(editor) for label, editor in editors.items()},
+        facts=facts, left_out=left_out,
+    )  # fmt: skip
+    return Result(table=table, run=run_)
+
+
+def _of_one(lm: LM, facts: Sequence[Fact], label: str, editor: Editor, run_: dict[str, Any]) -> Result:
+    """The rows of one editor."""
     rows, left_out = [], {}
-    before = {fact.id: _said(lm, fact) for fact in facts}
-    pairs = [(label, editor, fact) for label, editor in editors.items() for fact in facts]
-    for label, editor, fact in track(pairs, "edits", len(pairs)):
+    for fact in track(facts, "facts", len(facts)):
         try:
             edit = editor(lm, [fact])
         except InputError as error:
             left_out[f"{label}: {fact.id}"] = str(error)
             continue
+        before = _said(lm, fact)
         with edit.on(lm):
             after = _said(lm, fact)
             scored = {
@@ -96,21 +121,15 @@ def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor]) -
                         if p.target != fact.target_new
                     ]
                 ),
-                "neighborhood_same": _same(before[fact.id]["neighbors"], after["neighbors"]),
-                "other_same": _same(before[fact.id]["locality"], after["locality"]),
+                "neighborhood_same": _same(before["neighbors"], after["neighbors"]),
+                "other_same": _same(before["locality"], after["locality"]),
                 "entropy": after["entropy"],
             }
         rows.append({
-            "editor": label, "fact": fact.id, **scored, "entropy_before": before[fact.id]["entropy"],
+            "editor": label, "fact": fact.id, **scored, "entropy_before": before["entropy"],
             "seconds": edit.run["seconds"], "peak_mb": peak_memory(lm),
         })  # fmt: skip
-    if not rows:
-        raise InputError(f"No fact could be edited. The first: {next(iter(left_out.values()), 'none was given')}")
-    run_ = manifest(
-        "Edit quality", model=lm.protocol, parameters={label: repr(editor) for label, editor in editors.items()},
-        facts=facts, left_out=left_out,
-    )  # fmt: skip
-    return Result(table=pd.DataFrame(rows), run=run_)
+    return Result(table=pd.DataFrame(rows), run={**run_, "left_out": left_out})
 
 
 def summary(result: Result) -> pd.DataFrame:
@@ -226,9 +245,11 @@ def main(
         if unknown := [name for name in names if name not in known]:
             raise InputError(f"There is no editor {unknown[0]!r}. Use some of {', '.join(known)}.")
         lm, facts = load(model, dtype="float32"), [fact for fact in zoo.load_facts(model) if fact.target_new]
-        chosen = facts[:: max(1, len(facts) // edits)][:edits]
-        result = edit_quality(lm, chosen, {name: known[name].fitted(lm) for name in names})
-        result.save(out / model / result.key)
+        chosen = spread(facts, edits)
+        store = Store(folder=out / Path(model).name)
+        with progress_bar(len(names) * len(chosen)):
+            result = edit_quality(lm, chosen, {name: known[name].fitted(lm) for name in names}, store=store)
+        store.save(result)
         typer.echo(markdown(result))
         for what, why in result.run["left_out"].items():
             typer.echo(f"left out: {what}: {why}", err=True)

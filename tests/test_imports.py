@@ -40,6 +40,9 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.zoo.world",
     ),
     2: (
+        "workbench.charts",
+        "workbench.charts_paper",
+        "workbench.charts_screen",
         "workbench.checkpoint_diff",
         "workbench.directions",
         "workbench.drawing",

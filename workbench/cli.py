@@ -16,6 +16,7 @@ from workbench.cli_parts import (
     counted,
     edit_and_write,
     given,
+    list_form,
     list_methods,
     list_options,
     locate_and_write,
@@ -24,14 +25,16 @@ from workbench.cli_parts import (
     prepare,
     prepare_one,
     progress_bar,
+    read_form,
     read_formats,
     read_settings,
     read_size,
+    run_and_write,
     say_left_out,
     write_file,
 )
 from workbench.errors import InputError
-from workbench.facts import FactError
+from workbench.facts import FactError, spread
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -326,6 +329,54 @@ def compare(
             write_file(out / f"compare.{form}", export.figure_bytes(figure, form))
             write_file(out / f"agreement.{form}", export.figure_bytes(paper.agreement(agreed), form))
         typer.echo(f"\nWritten to {out}")
+
+
+@app.command()
+def analyses(
+    name: Annotated[str, typer.Argument(help="Lists the options of this analysis; default: all analyses.")] = "",
+) -> None:
+    """Lists the analyses that `run` knows, or the options of one."""
+    with one_sentence():
+        from analyses.catalogue import all_analyses, analysis_named
+
+        if name:
+            typer.echo(f"{analysis_named(name).explained}\n")
+            list_form(analysis_named(name).form)
+            return
+        for one in all_analyses().values():
+            typer.echo(f"{one.name:32} {one.title}")
+
+
+@app.command("run")
+def run_analysis(
+    name: Annotated[str, typer.Argument(help="An analysis; `workbench analyses` lists them.")],
+    out: Out,
+    model: Model = zoo.NAMES[0],
+    prompt: Prompt = "",
+    subject: Subject = "",
+    answer: AnswerText = "",
+    target: Annotated[str, typer.Option(help="The new answer of edits; default: what the facts bring.")] = "",
+    fact: FactIds = None,
+    facts: FactsFile = None,
+    every: Every = 1,
+    limit: Limit = None,
+    settings: Settings = None,
+    figures: Formats = "pdf",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Runs an analysis: its table, its figure, and what it found in words. Facts as for `locate`; default: 20 bundled ones."""
+    with one_sentence():
+        from analyses.catalogue import analysis_named
+
+        check_writable(out)
+        options, formats = read_form(name, analysis_named(name).form, settings), read_formats(figures)
+        if prompt or fact or facts or every > 1 or limit is not None:
+            chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
+        else:
+            chosen = spread(bundled_facts(model), 20)
+        chosen = [dataclasses.replace(one, target_new=target) for one in chosen] if target else chosen
+        run_and_write(name, options, chosen, out, model=model, device=device, dtype=dtype, formats=formats)
 
 
 @app.command()

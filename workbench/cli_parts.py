@@ -20,6 +20,7 @@ from workbench.layouts import ModelError
 
 if TYPE_CHECKING:
     from workbench.editors import Editor
+    from workbench.forms import FormField
     from workbench.locators import Locator
     from workbench.models import LM
     from workbench.results import Footprint
@@ -75,16 +76,27 @@ def read_settings(cls: type, settings: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         InputError: a setting that is no such pair, that the method does not have, or with a value it cannot have.
     """
-    from workbench.forms import form_of, read_option
-    from workbench.options import check_options
+    from workbench.forms import form_of
 
-    form, values = {field.name: field for field in form_of(cls.__module__, cls.__name__)}, {}
+    return read_form(cls.__name__, form_of(cls.__module__, cls.__name__), settings)
+
+
+def read_form(what: str, form: Sequence[FormField], settings: Sequence[str] | None) -> dict[str, Any]:
+    """The values of `--set name=value` for a form.
+
+    Raises:
+        InputError: a setting that is no such pair, that the form does not have, or with a value it cannot have.
+    """
+    from workbench.forms import read_option
+
+    known, values = {field.name: field for field in form}, {}
     for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:
             raise FactError(f"{setting!r} sets nothing. Write --set name=value.")
-        check_options(cls, {name: text})
-        values[name] = read_option(form[name], text)
+        if name not in known:
+            raise FactError(f"{what} has no option {name}. It has {', '.join(known)}.")
+        values[name] = read_option(known[name], text)
     return values
 
 
@@ -256,7 +268,12 @@ def list_options(cls: type) -> None:
     from workbench.forms import form_of
 
     typer.echo(first_sentence(cls))
-    for field in form_of(cls.__module__, cls.__name__):
+    list_form(form_of(cls.__module__, cls.__name__))
+
+
+def list_form(form: Sequence[FormField]) -> None:
+    """Says what can be set."""
+    for field in form:
         among = f", one of {', '.join(map(str, field.choices))}" if field.choices else ""
         typer.echo(f"\n--set {field.name}=...  (default {field.default!r}{among})\n    {field.help}")
 
@@ -302,6 +319,36 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def run_and_write(
+    name: str, options: Mapping[str, Any], facts: Sequence[Fact], out: Path, *,
+    model: str, device: str, dtype: str, formats: Sequence[str],
+) -> None:  # fmt: skip
+    """Runs an analysis of the catalogue, says what it found, and writes table, manifest and figures."""
+    from analyses.catalogue import analysis_named
+    from workbench import charts_paper, export
+    from workbench.loading import load
+    from workbench.store import Store
+
+    analysis = analysis_named(name)
+    check_model_name(model)
+    lm = load(model, device=device, dtype=dtype)
+    with progress_bar(1):
+        result = analysis(lm, facts, store=Store(folder=out / "store"), **options)
+    result.save(out / name)
+    write_file(out / f"{name}.csv", export.csv_bytes(result))
+    chart = analysis.chart(result)
+    for form in formats:
+        write_file(out / f"{name}.{form}", export.figure_bytes(charts_paper.draw(chart, run=result.run), form))
+    typer.echo(analysis.summary(result))
+    for what, why in result.run.get("left_out", {}).items():
+        typer.echo(f"left out: {what}: {why}", err=True)
+    cost = result.run["cost"]
+    typer.echo(
+        f"\n{counted(len(facts), 'fact')} in {cost['seconds']} s, peak {cost['peak_mb']:.0f} MB. Layers count from 0. "
+    )
+    typer.echo(f"Written to {out}")
 
 
 def write_file(path: Path, data: bytes) -> None:

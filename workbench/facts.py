@@ -7,7 +7,7 @@ other projects are read into it by `workbench.data`; a sentence typed by a user 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,3 +160,9 @@ def distinct_facts(facts: Iterable[Fact], *, to: str) -> list[Fact]:
         double = next(i for i in ids if ids.count(i) > 1)
         raise FactError(f"The fact id {double!r} stands {ids.count(double)} times. Give every fact its own id.")
     return facts
+
+
+def spread(facts: Sequence[Fact], n: int) -> list[Fact]:
+    """n facts, or all where there are fewer, evenly spread over the list and so over its relations."""
+    n = min(n, len(facts))
+    return [facts[i * len(facts) // n] for i in range(n)]

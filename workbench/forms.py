@@ -75,6 +75,26 @@ def form_of(module: str, name: str) -> tuple[FormField, ...]:
     return tuple(found.values())
 
 
+def form_of_function(module: str, name: str) -> tuple[FormField, ...]:
+    """The keyword-only parameters of a function that have a default, but for `store`; help is their line under `Args:`.
+
+    Raises:
+        ValueError: the module has no such function, a parameter's type has no form, or a default is no constant.
+    """
+    path = _path(module)
+    body = ast.parse(path.read_text(encoding="utf-8")).body if path else []
+    node = next((one for one in body if isinstance(one, ast.FunctionDef) and one.name == name), None)
+    if node is None:
+        raise ValueError(f"{module!r} has no function {name!r}.")
+    helps = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", ast.get_docstring(node) or "", re.MULTILINE))
+    fields = []
+    for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        if default is not None and argument.annotation is not None and argument.arg != "store":
+            statement = ast.AnnAssign(ast.Name(argument.arg), argument.annotation, default, simple=1)
+            fields.append(_field(module, statement, re.sub(r"\s*\n\s*", " ", helps.get(argument.arg, ""))))
+    return tuple(fields)
+
+
 def read_option(field: FormField, text: str) -> Any:
     """A field's value from text, as it is typed in a command line; several are separated by commas, `none` is None.
 
