@@ -16,6 +16,7 @@ are the geometric mean over an answer's tokens under teacher forcing:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import log2
@@ -28,6 +29,7 @@ import torch
 import typer
 from torch import Tensor
 
+from analyses.editing import fitted_editors
 from workbench import zoo
 from workbench.cli_parts import one_sentence, progress_bar
 from workbench.editors import all_editors
@@ -234,21 +236,21 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     model: Annotated[str, typer.Option(help="Hub name, folder, or bundled model.")] = zoo.NAMES[0],
     edits: Annotated[int, typer.Option(min=1, help="How many facts, spread over those of the model.")] = 50,
-    editors: Annotated[str, typer.Option(help="Editors, comma-separated; default: all.")] = "",
+    editors: Annotated[
+        str, typer.Option(help="Editors, comma-separated, e.g. Rome,FineTune(stop_below=0.0); default: all.")
+    ] = "",
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Edits facts of a bundled model by every editor, one at a time, and prints how good the edits are."""
     with one_sentence():
         torch.set_num_threads(threads)
-        known = all_editors()
-        names = [name.strip() for name in editors.split(",") if name.strip()] or list(known)
-        if unknown := [name for name in names if name not in known]:
-            raise InputError(f"There is no editor {unknown[0]!r}. Use some of {', '.join(known)}.")
+        names = [name.strip() for name in re.split(r",(?![^(]*\))", editors) if name.strip()] or list(all_editors())
+        fitted_editors(None, names)
         lm, facts = load(model, dtype="float32"), [fact for fact in zoo.load_facts(model) if fact.target_new]
         chosen = spread(facts, edits)
         store = Store(folder=out / Path(model).name)
         with progress_bar(len(names) * len(chosen)):
-            result = edit_quality(lm, chosen, {name: known[name].fitted(lm) for name in names}, store=store)
+            result = edit_quality(lm, chosen, fitted_editors(lm, names), store=store)
         store.save(result)
         typer.echo(markdown(result))
         for what, why in result.run["left_out"].items():

@@ -6,26 +6,40 @@ stopped goes on.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 from workbench.editors import editor_named
 from workbench.editors.base import Editor
 from workbench.edits import Edit, EditError
 from workbench.errors import InputError
-from workbench.facts import Fact
+from workbench.facts import Fact, FactError
 from workbench.models import LM
 from workbench.progress import track
 from workbench.results import manifest, question_key
 from workbench.store import Store
 
 
-def fitted_editors(lm: LM, names: Sequence[str]) -> dict[str, Editor]:
-    """Editors by name, with the preset of this model.
+def fitted_editors(lm: LM | None, names: Sequence[str]) -> dict[str, Editor]:
+    """Editors as they are written, e.g. `Rome` or `FineTune(stop_below=0.0)`, with the preset of the model for the rest.
 
     Raises:
-        FactError: no editor has such a name.
+        FactError: no editor has such a name, or it has no such option.
     """
-    return {name: editor_named(name).fitted(lm) for name in names}
+    return {name: _fitted(lm, name) for name in names}
+
+
+def _fitted(lm: LM | None, name: str) -> Editor:
+    try:
+        written = ast.parse(name.strip(), mode="eval").body
+        options: dict[str, Any] = {}
+        if isinstance(written, ast.Call) and not written.args:
+            options = {one.arg or "": ast.literal_eval(one.value) for one in written.keywords}
+            written = written.func
+    except (SyntaxError, ValueError) as error:
+        raise FactError(f"{name!r} is no editor. Write e.g. Rome, or FineTune(stop_below=0.0).") from error
+    return editor_named(ast.unparse(written)).fitted(lm, **options)
 
 
 def edit_one(lm: LM, editor: Editor, fact: Fact, *, store: Store | None = None) -> Edit:

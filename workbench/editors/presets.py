@@ -70,6 +70,7 @@ def _bundled(
     layer, eps = grace
     of = {name: _layers(one) for name in ("Rome", "RRome", "Emmet")}
     of |= {"FineTune": _layers(one, learning_rate=2e-3 if family == "llama" else 1e-3, stop_below=0.05)}
+    of |= {"Lora": {"learning_rate": 5e-4, "steps": 20}, "AdaLora": {"learning_rate": 2e-3}}
     of |= {name: _layers(*band, **_SHORT_KEYS) for name in ("Memit", "Pmet")}
     of |= {"Grace": _layers(layer, eps=eps, n_iter=40), "Wise": _layers(3 * n_layers // 4)}
     of |= {"AlphaEdit": _layers(*band, ridge=1.0), "Mend": _layers(*range(n_layers - 3, n_layers))}
