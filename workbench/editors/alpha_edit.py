@@ -4,17 +4,21 @@ P projects onto the directions in which usual keys have next to no strength: the
 threshold. dW = R K^T P (K_p K_p^T P + K K^T P + ridge I)^-1 (eq. 14), so that dW P = dW: usual keys give what they gave, and so do
 the keys K_p of earlier edits, which an edit carries along.
 
-Solved in the basis of the null space, where the matrix is symmetric. C is always the model's own before any edit.
+Solved in the basis of the null space, where the matrix is symmetric. C is always the model's own before any edit, so that an editor
+takes its eigenvectors once for all that it edits.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Self
 
 from workbench.editors._values import read_keys, solve
 from workbench.editors.memit import SpreadEditor, fact_keys, spread_over
@@ -37,6 +41,24 @@ class AlphaEdit(SpreadEditor):
         """As MEMIT."""
         return spread_over(lm)
 
+    def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
+        """This editor with its layers fixed; what it knows of null spaces goes along."""
+        fixed = super().resolved(lm, facts)
+        fixed.__dict__["_known"] = self._known
+        return fixed
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[str, Float[Tensor, "d_mlp rank"]]]:
+        """By layer, the moment whose null space was taken last (its digest), and the basis."""
+        return {}
+
+    def _basis(self, moment: Float[Tensor, "d_mlp d_mlp"], layer: int) -> Float[Tensor, "d_mlp rank"]:
+        """`null_space`, once a moment: its eigenvectors cost far more than an edit."""
+        digest = hashlib.blake2b(moment.contiguous().numpy().data, digest_size=16).hexdigest()
+        if layer not in self._known or self._known[layer][0] != digest:
+            self._known[layer] = digest, null_space(moment, self.threshold, layer=layer)
+        return self._known[layer][1]
+
     def solution(
         self,
         layer: int,
@@ -46,7 +68,7 @@ class AlphaEdit(SpreadEditor):
         after: Edit | None,
     ) -> tuple[Float[Tensor, "d_model fact"], Float[Tensor, "d_mlp fact"], float]:
         """R and U (U^T (K K^T + K_p K_p^T) U + ridge I)^-1 U^T K, with U the basis of the null space."""
-        basis = null_space(moment, self.threshold, layer=layer)
+        basis = self._basis(moment, layer)
         inside = basis.T @ keys
         if after is not None and (kept := after.state.get(_name(layer))) is not None:
             inside_all = torch.cat([inside, basis.T @ kept.double().T], 1)
