@@ -5,12 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
+from workbench import drawing
+from workbench.drawing import Theme
 from workbench.results import ResultError
+
+BROAD = 24
+"""Letters of a label beyond which it goes on in a second line."""
+
+NONE = "–"
+"""What stands in a cell without a value."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +55,10 @@ class LinePlot:
     bars: bool = False
     """Whether each series is drawn as bars instead of a curve; of two, one may point down with negative values."""
 
+    mirrored: bool = False
+    """Whether what points down are sizes too, so that the axis shows them without a sign; so are bars of series that are all of
+    one sign each."""
+
     def __post_init__(self) -> None:
         _check(self.rows, "series", "x", "y")
 
@@ -57,6 +71,13 @@ class LinePlot:
     def by_layer(self) -> bool:
         """Whether x are layers."""
         return self.x_title.startswith("Layer")
+
+    @property
+    def points_down(self) -> bool:
+        """Whether there is no sign on the axis up: see `mirrored`."""
+        signs = {name: set(np.sign(rows["y"].dropna())) - {0.0} for name, rows in self.rows.groupby("series")}
+        opposite = set().union(*signs.values()) == {-1.0, 1.0} and all(len(own) < 2 for own in signs.values())
+        return self.mirrored or (self.bars and opposite)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +116,43 @@ class CellPlot:
 
     shade: range | None = None
     """Layers, among the columns, in which the model is known to hold its facts."""
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the columns are layers."""
+        return all(isinstance(name, (int, np.integer)) for name in self.values.columns)
+
+    @property
+    def shaded(self) -> range | None:
+        """The part of `shade` that is among the columns."""
+        layers = [int(name) for name in self.values.columns if name in (self.shade or ())] if self.by_layer else []
+        return range(layers[0], layers[-1] + 1) if layers else None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of the scale of colours."""
+        values = self.values.to_numpy(dtype=float)
+        values = values[np.isfinite(values)]
+        low = self.low if self.low is not None else float(values.min(initial=np.inf))
+        high = self.high if self.high is not None else float(values.max(initial=-np.inf))
+        if not np.isfinite([low, high]).all():
+            low, high = 0.0, 1.0
+        if self.signed:
+            low, high = min(low, -high), max(high, -low)
+        return (low, high) if high > low else (low, low + max(1e-9, abs(low) * 1e-6))
+
+    @property
+    def words(self) -> pd.DataFrame:
+        """What stands in the cells: their texts, and a dash where there is no value."""
+        empty = pd.DataFrame("", index=self.values.index, columns=self.values.columns)
+        words: pd.DataFrame = empty if self.texts is None else self.texts.fillna("").astype(str)
+        words[self.values.isna() & (words == "")] = NONE
+        return words
+
+    def colors(self, theme: Theme) -> tuple[str, ...]:
+        """The colours from the lower end of the scale to its upper end."""
+        up = drawing.SCALES["blue"][theme]
+        return (*drawing.SCALES[drawing.OPPOSITES["blue"]][theme][:0:-1], *up) if self.signed else up
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,6 +225,65 @@ class Chart:
     caption: str = ""
     """One or two sentences a reader needs below the figure: n, what the intervals are, that layers count from 0."""
 
+    @property
+    def grid(self) -> tuple[tuple[Plot, ...], ...]:
+        """The plots, row by row."""
+        return tuple(self.plots[i : i + self.columns] for i in range(0, len(self.plots), self.columns))
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Names of the series of all plots, in order of appearance; each has one look in all of them."""
+        return tuple(
+            dict.fromkeys(
+                str(name) for plot in self.plots if not isinstance(plot, CellPlot) for name in plot.rows["series"]
+            )
+        )
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Names of the lines across or up in all plots."""
+        return tuple(
+            dict.fromkeys(name for plot in self.plots if isinstance(plot, (LinePlot, DotPlot)) for name in plot.lines)
+        )
+
+    @property
+    def below(self) -> str:
+        """The caption, and what dashes mean where there are some."""
+        blank = any(isinstance(plot, CellPlot) and (plot.words == NONE).to_numpy().any() for plot in self.plots)
+        return f"{self.caption} {NONE}: no value.".strip() if blank else self.caption
+
+    def goes_on(self, index: int) -> bool:
+        """Whether the plot below a line plot is one with the same axis across, which then is drawn once, below both."""
+        below = self.plots[index + self.columns] if index + self.columns < len(self.plots) else None
+        here = self.plots[index]
+        return (
+            isinstance(here, LinePlot)
+            and isinstance(below, LinePlot)
+            and here.by_layer
+            and (here.x_title, here.log_x) == (below.x_title, below.log_x)
+        )
+
+    def styles(self, theme: Theme) -> dict[str, tuple[str, tuple[float, ...]]]:
+        """Colour and dash of every series."""
+        n = len(drawing.SERIES_COLORS)
+        return {
+            name: (drawing.SERIES_COLORS[i % n][theme], drawing.DASHES[i // n % len(drawing.DASHES)])
+            for i, name in enumerate(self.series)
+        }
+
+
+def label_lines(label: object) -> list[str]:
+    """A label in lines that are not too long for a figure's margin."""
+    return textwrap.wrap(str(label), BROAD) or [""]
+
+
+def places(rows: pd.DataFrame) -> tuple[dict[object, float], bool]:
+    """Where the values of `x` stand on the axis, and whether they are numbers; words stand one beside the other."""
+    values = list(dict.fromkeys(rows["x"]))
+    if pd.api.types.is_numeric_dtype(rows["x"]):
+        return {value: float(value) for value in values}, True
+    return {value: float(i) for i, value in enumerate(values)}, False
+
 
 def _check(rows: pd.DataFrame, *columns: str) -> None:
     missing = [column for column in columns if column not in rows.columns]
@@ -174,3 +291,22 @@ def _check(rows: pd.DataFrame, *columns: str) -> None:
         raise ResultError(
             f"The rows of a plot lack {', '.join(missing)}; they have {', '.join(map(str, rows.columns))}."
         )
+
+
+def dodged(plot: LinePlot | DotPlot) -> Iterator[tuple[str, float, float]]:
+    """The series of a plot with how far each is moved aside, and how thick it may be; a whole place is 1 wide.
+
+    Bars that point up and down have their places each for themselves.
+    """
+    names = [str(name) for name in dict.fromkeys(plot.rows["series"])]
+    if isinstance(plot, LinePlot) and not plot.bars:
+        yield from ((name, 0.0, 1.0) for name in names)
+        return
+    groups = [names]
+    if isinstance(plot, LinePlot) and plot.points_down:
+        down = set(plot.rows["series"][plot.rows["y"] < 0].astype(str))
+        groups = [[name for name in names if name not in down], [name for name in names if name in down]]
+    room = 0.8 if isinstance(plot, LinePlot) else 0.64
+    for group in groups:
+        for i, name in enumerate(group):
+            yield name, room * ((i + 0.5) / len(group) - 0.5), room / len(group)

@@ -722,6 +722,11 @@ def number(value: Any, *, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
+def short_number(value: Any) -> str:
+    """A number on an axis: 1,000 rather than 1000.0."""
+    return f"{float(value):,.6g}".replace("-", "−")
+
+
 def _plus_minus(se: Any) -> str:
     return f" ± {number(se)}" if se is not None and not pd.isna(se) else ""
 

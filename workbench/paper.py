@@ -304,7 +304,7 @@ def agreement(result: Result, *, measure: str = "spearman", size: Size | None = 
         ax.tick_params(length=0)
         for text, label in zip(ax.get_yticklabels(), panel.labels, strict=True):
             _write(text, label)
-        _bar(figure, ax, mesh, panel)
+        _bar(figure, ax, mesh, panel.score)
         _settle(figure)
     return figure
 
@@ -403,20 +403,25 @@ def _draw_map(figure: Figure, ax: Axes, panel: Panel, *, named: bool, planted: r
     _write(ax.title, panel.title, size=8)
     _write(ax.xaxis.label, panel.layer_title)
     if planted:
-        above = ax.get_xaxis_transform() + ScaledTranslation(0, 3 / 72, figure.dpi_scale_trans)
-        ax.plot(
-            [planted[0] - 0.45, planted[-1] + 0.45], [1, 1], transform=above, clip_on=False,
-            color=_INK, linewidth=1, solid_capstyle="butt",
-        )  # fmt: skip
-        note = ax.annotate(
-            "planted", ((planted[0] + planted[-1]) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, 4.5),
-            textcoords="offset points", ha="center", va="bottom", annotation_clip=False,
-        )  # fmt: skip
-        _write(note, "planted", size=6)
-        ax.title.set_y(1.0)
-        ax.set_title(ax.title.get_text(), pad=13)
-        _write(ax.title, panel.title, size=8)
-    _bar(figure, ax, mesh, panel)
+        _mark(figure, ax, planted, panel.title)
+    _bar(figure, ax, mesh, panel.score)
+
+
+def _mark(figure: Figure, ax: Axes, planted: range, title: str) -> None:
+    """The planted band as a line above a map, below its title."""
+    above = ax.get_xaxis_transform() + ScaledTranslation(0, 3 / 72, figure.dpi_scale_trans)
+    ax.plot(
+        [planted[0] - 0.45, planted[-1] + 0.45], [1, 1], transform=above, clip_on=False,
+        color=_INK, linewidth=1, solid_capstyle="butt",
+    )  # fmt: skip
+    note = ax.annotate(
+        "planted", ((planted[0] + planted[-1]) / 2, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, 4.5),
+        textcoords="offset points", ha="center", va="bottom", annotation_clip=False,
+    )  # fmt: skip
+    _write(note, "planted", size=6)
+    ax.title.set_y(1.0)
+    ax.set_title(ax.title.get_text(), pad=13)
+    _write(ax.title, title, size=8)
 
 
 def _draw_lines(
@@ -456,7 +461,7 @@ def _legend(figure: Figure, ax: Axes, *, names: Sequence[str], columns: int) -> 
         _write(text, text.get_text())
 
 
-def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, panel: Panel) -> None:
+def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, score: str) -> None:
     """The colour bar; a short name stands above it, a long one beside it."""
     bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.02, aspect=18)
     assert bar.solids is not None  # a bar of a mesh has them
@@ -465,14 +470,14 @@ def _bar(figure: Figure, ax: Axes, mesh: ScalarMappable, panel: Panel) -> None:
     bar.outline.set_edgecolor(_FRAME)
     bar.ax.tick_params(length=1.5, width=0.4, color=_FRAME, labelsize=6, labelfontfamily=list(FONTS), pad=1.5)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
-    if len(panel.score) <= 10:
+    if len(score) <= 10:
         bar.ax.set_title("", pad=4)
-        _write(bar.ax.title, panel.score, size=6.5)
+        _write(bar.ax.title, score, size=6.5)
     else:
         bar.ax.yaxis.labelpad = 2
         tall = ax.get_position().height * figure.get_figheight()
         bar.ax.yaxis.label.set_linespacing(0.9)
-        _write(bar.ax.yaxis.label, "\n".join(drawing.wrapped(panel.score, int(18 * tall))), size=6.5)
+        _write(bar.ax.yaxis.label, "\n".join(drawing.wrapped(score, int(18 * tall))), size=6.5)
 
 
 def _edges(centres: Sequence[int]) -> list[float]:
