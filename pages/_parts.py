@@ -34,7 +34,7 @@ from workbench import drawing, export, plots, zoo
 from workbench.asked import Asked, Listed, Stored, find_stored, list_asked
 from workbench.errors import InputError
 from workbench.facts import Fact
-from workbench.forms import FormField, form_of, methods_of
+from workbench.forms import FormField, form_of, methods_of, read_option
 from workbench.jobs import Job, ModelChoice, Status, Workshop
 from workbench.results import Footprint, Result
 from workbench.sites import Site
@@ -59,8 +59,9 @@ PAGES = {
     "CausalTrace": "1_explore.py",
     "ActivationPatching": "2_patch_two_prompts.py",
     "ValueVectors": "3_value_vectors.py",
+    "Edit": "5_edit.py",
 }
-"""The pages of methods that have one of their own."""
+"""The pages of methods that have one of their own; that of all editors is called Edit."""
 
 COMPARISON = "4_compare_locators.py"
 """The page of all other methods."""
@@ -335,19 +336,28 @@ def _ask(field: FormField, label: str, placeholder: str | None) -> Any:
         return tuple(st.multiselect(label, field.choices, default=value, **shared))
     if field.type == "switch":
         return st.toggle(label, value=value, **shared)
+    if field.type == "number" and isinstance(field.default, float):
+        return st.number_input(label, value=value, format="%g", placeholder=placeholder, **shared)
     if field.type in ("integer", "number"):
         lowest = 0 if field.name == "seed" else 1
         return st.number_input(label, min_value=lowest, value=value, step=1, placeholder=placeholder, **shared)
-    if field.type == "texts":
-        text = st.text_input(label, value=value, placeholder=placeholder or "one, another", **shared)
-        return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    if field.type in ("texts", "integers"):
+        usual = "one, another" if field.type == "texts" else "4, 5"
+        text = st.text_input(label, value=value, placeholder=placeholder or usual, **shared)
+        try:
+            if (text or "").strip():
+                return read_option(field, text or "")
+        except InputError as error:
+            show_error(error)
+            return field.default
+        return None if field.optional and field.type == "integers" else ()
     return (st.text_input(label, value=value, **shared) or "").strip() or field.default
 
 
 def _as_typed(field: FormField, value: Any) -> Any:
     """A field's value as its widget holds it."""
-    if field.type == "texts":
-        return ", ".join(value or ())
+    if field.type in ("texts", "integers"):
+        return ", ".join(map(str, value or ()))
     if field.type == "choices":
         return list(value)
     return str(value) if field.type == "text" else value

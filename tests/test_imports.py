@@ -48,6 +48,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.drawing",
         "workbench.export",
         "workbench.figures_circuit",
+        "workbench.figures_edits",
         "workbench.figures_neurons",
         "workbench.generation",
         "workbench.gradients",
