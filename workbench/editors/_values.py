@@ -45,19 +45,19 @@ class ValueEditor(Editor):
     """Most steps of Adam in the search for a value."""
 
     learning_rate: float = 0.5
-    """Of these steps."""
+    """Adam's step size in this search."""
 
     stop_below: float = 0.05
-    """The search ends when its loss is smaller."""
+    """The search for a value ends when its loss, in nats, is below this."""
 
     weight_decay: float = 0.5
-    """Weighs |delta| / |reference|^2 in the loss. The paper's text says 1.5e-3; this is its code's."""
+    """Weight of the value's length, |delta| / |reference|^2, in the loss. The paper's text says 1.5e-3; this is its code's."""
 
     kl_factor: float = 0.0625
-    """Weighs the change of the predictions after the essence prompts. The paper's text says 100; this is its code's."""
+    """Weight, in the loss, of what changes after the essence prompts. The paper's text says 100; this is its code's."""
 
     clamp: float = 4.0
-    """Longest delta, in lengths of the reference."""
+    """The longest step away from the old value that is allowed, in lengths of the reference."""
 
     reference: Literal["value", "resid_post"] = "value"
     """Whose length at the token is the measure: the value's own, as published, or the residual stream's after the block."""
@@ -69,16 +69,16 @@ class ValueEditor(Editor):
     """Lengths in tokens of the texts that are put before the prompt; the prompt alone comes on top."""
 
     seed: int = 0
-    """Of these texts, which the model itself writes."""
+    """Seed of these texts, which the model itself writes."""
 
     covariance: bool = True
     """Weigh directions by the second moment of the keys; off: by none, as EasyEdit's configurations of ROME do."""
 
     moment_tokens: int = 20_000
-    """Of how many tokens of text the second moment is taken; the papers take 100,000 documents of Wikipedia."""
+    """Tokens of text that the second moment is taken of; the papers take 100,000 documents of Wikipedia."""
 
     corpus: str = ""
-    """That text: a .txt, .jsonl or .parquet file, `datasets:NAME`, or `bundled`; empty: the bundled models' own documents."""
+    """The text for it: a .txt, .jsonl or .parquet file, `datasets:NAME`, or `bundled`; empty: the bundled models' own."""
 
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """This editor with its layers fixed."""

@@ -27,16 +27,19 @@ from workbench.facts import FactError
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLora(Lora):
-    """AdaLoRA. `r` is the mean rank over the adapted matrices that is left in the end; see `Lora` for the rest."""
+    """AdaLoRA (arXiv 2303.10512): low-rank adapters in the attention are trained on the new answer and share a budget of ranks.
+
+    `r` is the mean rank over the adapted matrices that is left in the end; see `Lora` for the rest.
+    """
 
     first_r: int = 12
-    """How many singular values an adapter starts with."""
+    """How many singular values an adapter starts with; more than `r`."""
 
     warm_up: float = 0.15
-    """Share of the steps before any is taken away."""
+    """Share of the steps before the first singular value is taken away."""
 
     settle: float = 0.3
-    """Share of the steps, at the end, in which none is taken away any more."""
+    """Share of the steps, at the end, in which no singular value is taken away any more."""
 
     orthogonality: float = 0.5
     """Weight of the penalty that keeps the singular vectors orthogonal."""

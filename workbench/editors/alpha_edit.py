@@ -29,13 +29,13 @@ from workbench.models import LM
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaEdit(SpreadEditor):
-    """AlphaEdit (arXiv 2410.02355)."""
+    """AlphaEdit (arXiv 2410.02355): as MEMIT, but only in directions that usual keys do not use; what they give stays."""
 
     threshold: float = 0.02
-    """Eigenvalues of C below it count as none."""
+    """Directions in which the second moment of usual keys has an eigenvalue below this count as unused."""
 
     ridge: float = 10.0
-    """Keeps the change small (L2)."""
+    """Weight of the squared change in the least-squares problem (L2): the larger, the smaller the change."""
 
     def n_layers(self, lm: LM) -> int:
         """As MEMIT."""

@@ -19,7 +19,7 @@ from workbench.edits import Edit
 
 @dataclass(frozen=True, kw_only=True)
 class Emmet(SpreadEditor):
-    """EMMET (arXiv 2403.14236)."""
+    """EMMET (arXiv 2403.14236): ROME for a batch of facts; their keys are mapped to their values exactly, up to `slack`."""
 
     ridge: float = 10_000.0
     """Scales the usual keys' second moment; it matters against `slack` only."""

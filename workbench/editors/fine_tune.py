@@ -35,8 +35,9 @@ from workbench.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Editor):
-    """Fine-tuning, free or within a bound (FT, FT-L in both senses, FT-M; see the module). The change is dense.
+    """Fine-tuning of one down projection on the new answer, free or within a bound (FT, FT-L in both senses, FT-M; see the module).
 
+    The change is dense.
     The manifest tells `losses`, the mean over the facts before each step and after the last, in nats.
     """
 

@@ -97,7 +97,10 @@ class Codebook(Memory):
 
 @dataclass(frozen=True, kw_only=True)
 class Grace(Editor):
-    """GRACE (arXiv 2211.11031). Facts of a batch are edited one after the other; `after` continues its codebook."""
+    """GRACE (arXiv 2211.11031): a codebook beside one module replaces its output near the edited prompts; no weight changes.
+
+    Facts of a batch are edited one after the other; `after` continues its codebook.
+    """
 
     layers: tuple[int, ...] | None = None
     """The layer (0-based, one) of the codebook; None: the preset's, or that at three quarters of the depth."""
@@ -115,16 +118,16 @@ class Grace(Editor):
     """Which tokens' output is replaced: the prompt's last, those before it, or all."""
 
     n_iter: int = 100
-    """Steps of Adam for a value."""
+    """Steps of Adam in the training of an entry's value."""
 
     learning_rate: float = 1.0
-    """Of these steps."""
+    """Adam's step size there."""
 
     init: Literal["cold", "warm"] = "cold"
     """What a value starts from: uniform numbers of 0 to 1, or the module's own output."""
 
     seed: int = 0
-    """Of these numbers."""
+    """Seed of these numbers."""
 
     def __post_init__(self) -> None:
         Editor.__post_init__(self)

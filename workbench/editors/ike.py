@@ -76,10 +76,13 @@ class Demonstrations(Introducing):
 
 @dataclass(frozen=True, kw_only=True)
 class Ike(Editor):
-    """IKE (arXiv 2305.12740). The demonstrations are chosen when the edit is made; `after` adds its facts before these."""
+    """IKE (arXiv 2305.12740): demonstrations of edits and the new fact are put before prompts; no weight changes.
+
+    The demonstrations are chosen when the edit is made; `after` adds its facts before these.
+    """
 
     k: int = 16
-    """How many demonstrations; fewer where the model has too few positions, which the manifest tells."""
+    """How many demonstrations stand before a prompt; fewer where the model has too few positions, which the manifest tells."""
 
     encoder: Literal["auto", "sentence", "states", "embeddings"] = "auto"
     """What texts are compared by: a sentence encoder (`sentence`, the package sentence-transformers), the mean of the model's last
@@ -92,10 +95,10 @@ class Ike(Editor):
     """Of how many of them the nearest are sought; drawn with `seed`."""
 
     only_subject: bool = False
-    """Put it only before prompts that name an edited subject; as published, before all."""
+    """Put the text only before prompts that name an edited subject; as published, before all."""
 
     seed: int = 0
-    """Of the draw from the pool."""
+    """Seed of the draw from the pool."""
 
     def __post_init__(self) -> None:
         Editor.__post_init__(self)

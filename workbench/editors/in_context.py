@@ -38,7 +38,10 @@ class Sentences(Introducing):
 
 @dataclass(frozen=True, kw_only=True)
 class InContext(Editor):
-    """ICE (arXiv 2307.12976). Later facts come after earlier ones."""
+    """ICE (arXiv 2307.12976): a sentence that states the new fact is put before prompts; no weight changes.
+
+    Later facts come after earlier ones.
+    """
 
     template: str = "Imagine that {prompt} {target}."
     """What is put before prompts; {prompt} stands for the fact's prompt, {target} for the new answer."""

@@ -42,7 +42,9 @@ from workbench.sites import Site
 
 @dataclass(frozen=True, kw_only=True)
 class KnowledgeNeuronEdit(Editor):
-    """Dai et al.'s knowledge surgery. The change is zero off the chosen neurons' value vectors; its rank is the number of facts.
+    """Knowledge neurons (arXiv 2104.08696): the value vectors of the fact's few strongest neurons are turned to the new answer.
+
+    The change is zero off those vectors; its rank is the number of facts.
 
     The manifest tells, by the id of a fact, its `neurons` as (layer, neuron), the one with the most prompts first. The fact's
     paraphrases take part in choosing them: with `prompts=1` they do not, and are free to be tested on.

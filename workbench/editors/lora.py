@@ -39,7 +39,9 @@ _ADAPTER = "edit"
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Editor):
-    """LoRA. The change is a product of rank `r` at most for each adapted matrix.
+    """LoRA (arXiv 2106.09685): low-rank adapters in the attention are trained on the new answer and added to the weights.
+
+    The change is a product of rank `r` at most for each adapted matrix.
 
     The manifest tells `losses`, the mean over the facts at each step, in nats, with dropout. Memories beside the weights, of an
     edit that this one goes on from, are not seen in training.
@@ -61,10 +63,10 @@ class Lora(Editor):
     """Adam's step size."""
 
     steps: int = 30
-    """How many steps."""
+    """How many steps of training."""
 
     seed: int = 0
-    """Of the adapters' first weights, and of dropout."""
+    """Seed of the adapters' first weights, and of dropout."""
 
     def __post_init__(self) -> None:
         Editor.__post_init__(self)

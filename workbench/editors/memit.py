@@ -42,7 +42,7 @@ class SpreadEditor(ValueEditor):
     """An editor that spreads what is missing at the last of its layers over all of them."""
 
     clamp: float = 0.75
-    """Longest delta, in lengths of the reference."""
+    """The longest step away from the old value that is allowed, in lengths of the reference."""
 
     prefix_lengths: tuple[int, ...] = (10, 10, 10, 10, 10)
     """Lengths in tokens of the texts that are put before the prompt; the prompt alone comes on top."""
@@ -112,10 +112,10 @@ def fact_keys(keys: Float[Tensor, "fact context d_mlp"]) -> Float[Tensor, "fact 
 
 @dataclass(frozen=True, kw_only=True)
 class Memit(SpreadEditor):
-    """MEMIT (arXiv 2210.07229)."""
+    """MEMIT (arXiv 2210.07229): a least-squares change of several layers' down projections, for one fact or thousands at once."""
 
     ridge: float = 15_000.0
-    """lambda: the weight of the usual keys against the new ones."""
+    """lambda, the weight of usual keys against the new ones: the larger, the less they change, and the weaker the edit."""
 
     def n_layers(self, lm: LM) -> int:
         """Five, as published for GPT-2 XL, where the model is deep; less in shallow ones."""

@@ -63,10 +63,10 @@ SAVE_EVERY = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Mend(Editor):
-    """MEND. The change is a product for each MLP matrix of the layers; its rank is at most the number of tokens that were read.
-    Several facts get the sum of their changes.
+    """MEND (arXiv 2110.11309): a network makes a change of the gradient; a model's first edit trains it (minutes), then it is kept.
 
-    The first edit of a model trains the network. The manifest tells `trained`: the steps, the facts and the mean losses of the last
+    The change is a product for each MLP matrix of the layers; its rank is at most the number of tokens that were read.
+    Several facts get the sum of their changes. The manifest tells `trained`: the steps, the facts and the mean losses of the last
     steps; and `seen`: which edited facts have a subject that was in training (with other answers).
 
     Raises:
@@ -80,7 +80,7 @@ class Mend(Editor):
     """File of facts that the model knows, to train on; empty: the bundled model's own."""
 
     steps: int = 300
-    """How many training steps."""
+    """Steps of the network's training, which is done once for a model."""
 
     batch: int = 10
     """Edits, each by itself, of which a training step takes the mean."""
@@ -92,19 +92,19 @@ class Mend(Editor):
     """Adam's step size for the rates of the matrices."""
 
     edit_rate: float = 1e-4
-    """Rate of every matrix at the start."""
+    """Step size of every matrix's change at the start; training goes on from there."""
 
     c_edit: float = 0.1
-    """Weight of the new answer in training."""
+    """Weight of the new answer in the network's training."""
 
     c_locality: float = 1.0
-    """Weight of what should stay as it is."""
+    """Weight, there, of what should stay as it is."""
 
     rank: int = 1920
-    """Of the network's matrices U V; at most a quarter of their width."""
+    """Rank of the network's matrices U V; at most a quarter of their width."""
 
     seed: int = 0
-    """Of the network's first weights, and of what is drawn for training."""
+    """Seed of the network's first weights, and of what is drawn for training."""
 
     def __post_init__(self) -> None:
         Editor.__post_init__(self)

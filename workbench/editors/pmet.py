@@ -16,7 +16,7 @@ from workbench.editors.memit import Memit
 
 @dataclass(frozen=True, kw_only=True)
 class Pmet(Memit):
-    """PMET (arXiv 2308.08742)."""
+    """PMET (arXiv 2308.08742): as MEMIT, with a value that is searched together with one for attention, which is then dropped."""
 
     def places(self) -> tuple[Place, ...]:
         """The MLP's output, which is written, and attention's, which is not."""

@@ -17,7 +17,7 @@ from workbench.editors.rome import Rome
 
 @dataclass(frozen=True, kw_only=True)
 class RRome(Rome):
-    """R-ROME (arXiv 2403.07175)."""
+    """R-ROME (arXiv 2403.07175): ROME with one key in all places of its formula, so that single edits do not explode."""
 
     key: Literal["average", "prompt"] = "average"
     """Which key: the mean over the prompt alone and after the texts, the code's default; or the prompt's own."""

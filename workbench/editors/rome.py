@@ -39,7 +39,10 @@ SMALLEST_COSINE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Rome(ValueEditor):
-    """ROME (arXiv 2202.05262). Facts of a batch, and layers where several are named, are edited one after the other."""
+    """ROME (arXiv 2202.05262): a change of rank one by which one down projection maps the subject's key to the new answer's value.
+
+    Facts of a batch, and layers where several are named, are edited one after the other.
+    """
 
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
         """The sum of the rank-one changes of all facts and layers."""

@@ -129,7 +129,10 @@ def ties(vectors: Float[Tensor, "vector ..."], *, density: float) -> Float[Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class Wise(Editor):
-    """WISE (arXiv 2405.14768); hyperparameters of its table 10. Facts are trained one after the other; `after` goes on."""
+    """WISE (arXiv 2405.14768): a trained copy of one down projection answers edited prompts, the original all others.
+
+    Hyperparameters are those of its table 10. Facts are trained one after the other; `after` goes on.
+    """
 
     layers: tuple[int, ...] | None = None
     """The layer (0-based, one) of the down projection; None: the preset's, or that at three quarters of the depth."""
@@ -141,19 +144,19 @@ class Wise(Editor):
     """How many shards a memory is merged from: k."""
 
     alpha: float = 5.0
-    """Below it the distance D of other prompts should be."""
+    """Margin in training: the distance D of other prompts should be below this."""
 
     beta: float = 20.0
-    """Above it that of edited prompts."""
+    """Margin in training: the distance D of edited prompts should be above this."""
 
     gamma: float = 10.0
-    """At least so far apart."""
+    """Margin in training: the two distances should be at least so far apart."""
 
     learning_rate: float = 1.0
-    """Of SGD."""
+    """Step size of SGD."""
 
     n_iter: int = 70
-    """Most steps for a fact."""
+    """Most steps of training for a fact."""
 
     norm_constraint: float | None = 1.0
     """How far any entry of W' may be from W's; None: as far as it goes."""
@@ -183,19 +186,19 @@ class Wise(Editor):
     """How many texts are put before a fact's prompt in training."""
 
     prefix_length: int = 10
-    """Their length in tokens; the model writes them."""
+    """Length of these texts in tokens; the model writes them."""
 
     locality: Literal["others", "given"] = "others"
     """Prompts that should stay: of facts on other subjects, or the fact's own neighbors and locality, which tests may use too."""
 
     n_locality: int = 10
-    """How many of them."""
+    """How many prompts that should stay are drawn."""
 
     pool: str = ""
-    """A file of such other facts; empty: the bundled models' facts."""
+    """A file of facts on other subjects; empty: the bundled models' facts."""
 
     seed: int = 0
-    """Of masks, texts and choice of prompts."""
+    """Seed of masks, texts and choice of prompts."""
 
     def __post_init__(self) -> None:
         Editor.__post_init__(self)
