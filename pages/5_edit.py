@@ -635,13 +635,13 @@ def show_moved(one: Kept, place: Place, model: str) -> None:
         fact = controls.selectbox("Fact", list(names), format_func=names.__getitem__, key="moved-fact")
     fact = fact or next(iter(names))
     main, others = moved_figures(place, one.key, fact, kind, tuple(planted_band(model) or ()), parts.theme())
-    left, right = st.columns(2, gap="medium")
-    with left:
+    cells = st.grid(min_column_width=430, gap="medium")
+    with cells.container():
         st.markdown("**On the fact's prompt**")
         st.plotly_chart(main, theme=None, key=f"moved-{kind}", config=parts.QUIET, alt="Change by token and layer.")
         if kind == "lens":
             st.caption("How far the words that the logit lens reads of each state move: KL from before to after.")
-    with right:
+    with cells.container():
         if others is not None:
             st.markdown(
                 "**At the last token of neighbors**",

@@ -19,8 +19,8 @@ from workbench.drawing import Theme
 
 __all__ = ["cells", "matrix"]
 
-MOST_LETTERS = 34
-"""Of a row's name."""
+LETTERS = 34
+"""Of a line of a row's name, which has two at most."""
 
 
 def cells(
@@ -47,13 +47,14 @@ def cells(
         planted: layers in which a model is known to hold its facts; marked above the map.
     """
     ink, rows, layers = plots._INK[theme], list(map(str, values.index)), [int(layer) for layer in values.columns]
-    height = 30 if len(rows) <= 8 else 24
+    height = 32 if len(rows) <= 8 else 24
     numbers = values.to_numpy(dtype=float)
     highest = float(np.nanmax(numbers)) or 1.0
     figure = go.Figure(
         go.Heatmap(
             z=numbers, x=layers, y=list(range(len(rows))), zmin=0, zmax=highest,
             colorscale=plots._scale(drawing.SCALES[hue][theme]), hoverinfo="skip", xgap=1, ygap=1,
+            showscale=bool(numbers.any()),
             colorbar=dict(
                 title=dict(text=plots._safe(name), side="top", font=dict(size=12, color=ink["muted"])), thickness=10,
                 outlinewidth=0, len=1, y=0.5, xpad=10, ypad=0, nticks=4, tickfont=dict(size=11, color=ink["muted"]),
@@ -84,7 +85,7 @@ def cells(
         range=[layers[0] - 0.5, layers[-1] + 0.5], zeroline=False, showline=True, mirror=True, linecolor=ink["faint"],
         fixedrange=True,
     )  # fmt: skip
-    labels = [plots._safe(drawing.shortened(row, MOST_LETTERS)) for row in rows]
+    labels = [_in_two_lines(row) for row in rows]
     figure.update_yaxes(
         tickvals=list(range(len(rows))), range=[len(rows) - 0.5, -0.5], ticks="", showgrid=False, zeroline=False,
         ticktext=[f"<b>{label}</b>" if row in strong else label for label, row in zip(labels, rows, strict=True)],
@@ -169,6 +170,13 @@ def matrix(
     figure.update_xaxes(showticklabels=False, row=2, col=2)
     figure.update_layout(height=400, bargap=0, dragmode=False, hovermode="closest", showlegend=False)
     return plots._dressed(figure, theme=theme, margin=dict(l=8, r=8, t=8, b=44))
+
+
+def _in_two_lines(text: str) -> str:
+    """A row's name, wrapped; what does not fit in two lines is left out."""
+    first, *more = drawing.wrapped(text, LETTERS)
+    lines = [first, drawing.shortened(" ".join(more), LETTERS)] if more else [first]
+    return "<br>".join(map(plots._safe, lines))
 
 
 def _span(block: int, size: int, length: int) -> str:
