@@ -142,6 +142,20 @@ class CellPlot:
         return (low, high) if high > low else (low, low + max(1e-9, abs(low) * 1e-6))
 
     @property
+    def row_labels(self) -> list[str]:
+        """Names of the rows; of those that are the columns' too and many, with a number that stands for them there."""
+        return [f"{name}  {i}" if self._numbered else str(name) for i, name in enumerate(self.values.index, start=1)]
+
+    @property
+    def column_labels(self) -> list[str]:
+        """Names of the columns, or their numbers."""
+        return [str(i) if self._numbered else str(name) for i, name in enumerate(self.values.columns, start=1)]
+
+    @property
+    def _numbered(self) -> bool:
+        return len(self.values) > 6 and list(self.values.index) == list(self.values.columns) and not self.by_layer
+
+    @property
     def words(self) -> pd.DataFrame:
         """What stands in the cells: their texts, and a dash where there is no value."""
         empty = pd.DataFrame("", index=self.values.index, columns=self.values.columns)
@@ -225,6 +239,9 @@ class Chart:
     caption: str = ""
     """One or two sentences a reader needs below the figure: n, what the intervals are, that layers count from 0."""
 
+    names: tuple[str, ...] = ()
+    """Names of series in the order of their looks; those that are not named here follow."""
+
     @property
     def grid(self) -> tuple[tuple[Plot, ...], ...]:
         """The plots, row by row."""
@@ -233,11 +250,17 @@ class Chart:
     @property
     def series(self) -> tuple[str, ...]:
         """Names of the series of all plots, in order of appearance; each has one look in all of them."""
-        return tuple(
-            dict.fromkeys(
-                str(name) for plot in self.plots if not isinstance(plot, CellPlot) for name in plot.rows["series"]
-            )
-        )
+        rows = [plot.rows for plot in self.plots if not isinstance(plot, CellPlot)]
+        return tuple(dict.fromkeys([*self.names, *(str(name) for own in rows for name in own["series"])]))
+
+    def with_series(self, name: str) -> list[LinePlot | DotPlot | ScatterPlot]:
+        """The plots in which a series is."""
+        drawn = [plot for plot in self.plots if not isinstance(plot, CellPlot)]
+        return [plot for plot in drawn if name in set(plot.rows["series"].astype(str))]
+
+    def alone(self, index: int) -> Chart:
+        """One of the plots as a chart, for pages that place plots themselves; without title and caption."""
+        return Chart(title="", plots=(self.plots[index],), names=self.series)
 
     @property
     def lines(self) -> tuple[str, ...]:

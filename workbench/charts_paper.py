@@ -199,7 +199,7 @@ def _draw_cells(figure: PaperFigure, ax: Axes, plot: CellPlot, chart: Chart) -> 
         named = _crosswise(plot, chart, figure.get_figwidth())
         assert named is not None  # cells that are not by layer have words
         _across(ax, named)
-    rows = [str(name) for name in plot.values.index]
+    rows = plot.row_labels
     if all(isinstance(name, (int, np.integer)) for name in plot.values.index):
         shown = drawing.layer_ticks([int(name) for name in plot.values.index], most=16)
         ax.set_yticks([rows.index(str(name)) + 0.5 for name in shown], [str(name) for name in shown])
@@ -268,7 +268,7 @@ class _Crosswise:
 def _crosswise(plot: Plot, chart: Chart, width: float) -> _Crosswise | None:
     """The words that stand along the axis across; None where numbers do that matplotlib chooses."""
     if isinstance(plot, CellPlot):
-        named = {float(i): str(name) for i, name in enumerate(plot.values.columns)}
+        named = {float(i): name for i, name in enumerate(plot.column_labels)}
     elif isinstance(plot, LinePlot):
         where, numeric = places(plot.rows)
         if plot.by_layer or (numeric and not plot.log_x and len(where) > 6):
@@ -332,7 +332,7 @@ def _is_wide(chart: Chart) -> bool:
 
 def _gutter(plot: Plot) -> float:
     """Inches left of a plot, about."""
-    names = plot.values.index if isinstance(plot, CellPlot) else plot.rows["label"] if isinstance(plot, DotPlot) else ()
+    names = plot.row_labels if isinstance(plot, CellPlot) else plot.rows["label"] if isinstance(plot, DotPlot) else ()
     longest = max((len(line) for name in names for line in label_lines(name)), default=6)
     return _LETTER * longest + 0.2 * bool(isinstance(plot, CellPlot) and plot.row_title)
 
@@ -351,7 +351,7 @@ def _inner(plot: Plot, chart: Chart, width: float) -> float:
     if isinstance(plot, DotPlot):
         lines = sum(max(len(label_lines(name)), 1.4) for name in dict.fromkeys(plot.rows["label"]))
         return max(0.5, 0.1 * lines + 0.055 * len(set(plot.rows["series"])) * len(set(plot.rows["label"])))
-    lines = max(len(label_lines(name)) for name in plot.values.index)
+    lines = max(len(label_lines(name)) for name in plot.row_labels)
     return max(0.7, len(plot.values) * (0.125 if lines == 1 and plot.texts is None else 0.1 + 0.08 * lines))
 
 
@@ -373,7 +373,9 @@ def _keys(chart: Chart) -> list[tuple[Any, str]]:
     keys: list[tuple[Any, str]] = []
     if len(chart.series) > 1:
         for name, (color, dash) in chart.styles("light").items():
-            own = [p for p in chart.plots if not isinstance(p, CellPlot) and name in set(p.rows["series"].astype(str))]
+            own = chart.with_series(name)
+            if not own:
+                continue
             if all(isinstance(plot, LinePlot) and plot.bars for plot in own):
                 keys.append((Patch(color=color, linewidth=0, alpha=0.9), name))
             elif any(isinstance(plot, LinePlot) for plot in own):
