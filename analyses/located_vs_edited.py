@@ -104,7 +104,7 @@ def located_vs_edited(
         missing), and `source`: `locator`, `weights` or `activations`. Extras:
 
         - `agreement`: locator, kind, editor, measure, value (mean over facts), low, high, n, p, p_adjusted (Benjamini and Hochberg,
-          within a measure), others (mean between different facts), p_fact
+          within a measure), others (mean between different facts), p_fact, p_fact_adjusted
         - `each`: the same by fact: fact, locator, kind, editor, measure, value
         - `profiles`: side, method, kind, layer, mass (mean over facts), low, high, n
         - `places`: side, method, kind, fact, peak, centre (of mass), planted (share of the mass in the planted layers)
@@ -219,8 +219,8 @@ def summary(result: Result) -> str:
     for (locator, kind, editor), own in agreement.groupby(["locator", "kind", "editor"], sort=False):
         of = own.set_index("measure").loc[list(MEASURES)]
         told = ", ".join(f"{name.replace('_', ' ')} {_value(row)}" for name, row in of.iterrows())
-        p, p_fact = of.loc["overlap", ["p_adjusted", "p_fact"]]
-        lines.append(f"  {locator} {kind} / {editor}: {told}; p {p:.2g}, p by facts {p_fact:.2g}")
+        p, p_fact = of.loc["overlap", ["p_adjusted", "p_fact_adjusted"]]
+        lines.append(f"  {locator} {kind} / {editor}: {told}; adjusted p {p:.2g}, by facts {p_fact:.2g}")
     band = result.run.get("planted")
     if band:
         chance = len(band) / int(result.run["n_layers"])
@@ -274,7 +274,7 @@ def _edited(
             continue
         parts.append(rows.assign(fact=fact.id, method=name, side="edited", source=source))
         sources[name] = source
-        layers[name] = layers.get(name, set()) | _changed_layers(lm, edit)
+        layers[name] = layers.get(name, set()) | changed_layers(lm, edit)
     told = [
         {
             "editor": name, "layers": ", ".join(map(str, sorted(layers[name]))), "source": sources[name],
@@ -291,7 +291,7 @@ def _is_set(editor: Editor) -> bool:
     return getattr(editor, "layers", None) is not None or not hasattr(editor, "n_layers")
 
 
-def _changed_layers(lm: LM, edit: Edit) -> set[int]:
+def changed_layers(lm: LM, edit: Edit) -> set[int]:
     """The layers of the blocks whose weights change, or beside which something stands."""
     start = f"{lm.layout.blocks}."
     names = [*edit.changes, *(str(getattr(side, "module", "")) for side in edit.sides)]
@@ -380,8 +380,9 @@ def _agreement(
                 })  # fmt: skip
                 each.append(pd.DataFrame({"fact": facts, **name, "measure": measure, "value": values}))
     table = pd.DataFrame(rows)
-    table["p_adjusted"] = table.groupby("measure")["p"].transform(_adjusted)
-    columns = ["value", "low", "high", "n", "p", "p_adjusted", "others", "p_fact"]
+    for p in ("p", "p_fact"):
+        table[f"{p}_adjusted"] = table.groupby("measure")[p].transform(_adjusted)
+    columns = ["value", "low", "high", "n", "p", "p_adjusted", "others", "p_fact", "p_fact_adjusted"]
     return table[["locator", "kind", "editor", "measure", *columns]], pd.concat(each, ignore_index=True)
 
 
@@ -488,7 +489,7 @@ def _in_words(own: pd.DataFrame) -> pd.DataFrame:
     text = [f"{row.value:.2f}\np {row.p:.2g}" for row in own.itertuples()]
     note = [
         f"{row.row} / {row.editor}: {_value(row)}, n {row.n}; p {row.p:.2g} (adjusted {row.p_adjusted:.2g}), by facts "
-        f"{row.p_fact:.2g}; other facts {row.others:.2f}"
+        f"{row.p_fact:.2g} (adjusted {row.p_fact_adjusted:.2g}); other facts {row.others:.2f}"
         for row in own.itertuples()
     ]
     found: pd.DataFrame = own.assign(text=text, note=note)

@@ -116,7 +116,7 @@ def test_edited_mass_of_weights_is_the_relative_norm_of_a_layer(family: str) -> 
     footprint = weight_footprint(lm, edit).table.set_index("layer")["value"]
     assert rows.to_dict() == pytest.approx(footprint.to_dict())
     assert (rows[[0, 2]] == 0).all()
-    assert module._changed_layers(lm, edit) == {1, 3}
+    assert module.changed_layers(lm, edit) == {1, 3}
 
 
 def test_matrices_of_one_layer_count_together() -> None:
@@ -139,7 +139,7 @@ def test_what_changes_no_weight_is_read_from_activations() -> None:
         rows = module._by_activations(lm, edit, "mlp_out")
         profile = layer_profiles([functional_footprint(lm, edit)], kinds=["mlp_out"])
         assert rows["value"].tolist() == profile["value"].tolist()
-    assert module._changed_layers(lm, Edit(base=lm.weight_hash, sides=(memory,))) == {1}
+    assert module.changed_layers(lm, Edit(base=lm.weight_hash, sides=(memory,))) == {1}
     assert module._by_activations(lm, Edit(base=lm.weight_hash, sides=(memory,), facts=(EIFFEL,)), "mlp_out")[
         "value"
     ].tolist()[:2] == pytest.approx([0, 1])
