@@ -79,12 +79,13 @@ def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor], *
     Raises:
         InputError: no fact could be edited by any editor.
     """
-    parts = []
+    parts: list[Result] = []
+    before: dict[str, dict[str, Any]] = {}
     for label, editor in editors.items():
         run_ = manifest(_WHAT, model=lm.protocol, parameters={label: repr(editor)}, facts=facts, left_out={})
         part = store.find(run_, Result) if store else None
         if part is None:
-            part = _of_one(lm, facts, label, editor, run_)
+            part = _of_one(lm, facts, label, editor, run_, before)
             if store:
                 store.save(part)
         parts.append(part)
@@ -99,8 +100,10 @@ def edit_quality(lm: LM, facts: Sequence[Fact], editors: Mapping[str, Editor], *
     return Result(table=table, run=run_)
 
 
-def _of_one(lm: LM, facts: Sequence[Fact], label: str, editor: Editor, run_: dict[str, Any]) -> Result:
-    """The rows of one editor."""
+def _of_one(
+    lm: LM, facts: Sequence[Fact], label: str, editor: Editor, run_: dict[str, Any], said: dict[str, dict[str, Any]]
+) -> Result:
+    """The rows of one editor; what the model says without an edit is kept in `said`."""
     rows, left_out = [], {}
     for fact in track(facts, "facts", len(facts)):
         try:
@@ -108,7 +111,7 @@ def _of_one(lm: LM, facts: Sequence[Fact], label: str, editor: Editor, run_: dic
         except InputError as error:
             left_out[f"{label}: {fact.id}"] = str(error)
             continue
-        before = _said(lm, fact)
+        before = said[fact.id] = said.get(fact.id) or _said(lm, fact)
         with edit.on(lm):
             after = _said(lm, fact)
             scored = {
