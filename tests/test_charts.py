@@ -28,13 +28,14 @@ def curves(*names: str, sign: int = 1, layers: int = 12) -> pd.DataFrame:
         for i, name in enumerate(names)
         for layer in range(layers)
     ]
-    table = pd.DataFrame(rows)
-    return table.assign(low=table["y"] - 0.1, high=table["y"] + 0.1)
+    table: pd.DataFrame = pd.DataFrame(rows)
+    table["low"], table["high"] = table["y"] - 0.1, table["y"] + 0.1
+    return table
 
 
 def cells(index: tuple[str, ...] = LONG, layers: int = 12) -> pd.DataFrame:
     """A matrix by layer with a row that has no values."""
-    values = pd.DataFrame(RNG.uniform(0.1, 1, (len(index), layers)), index=list(index), columns=range(layers))
+    values: pd.DataFrame = pd.DataFrame(RNG.uniform(0.1, 1, (len(index), layers)), index=list(index), columns=range(layers))
     values.iloc[1] = np.nan
     return values
 

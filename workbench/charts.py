@@ -144,7 +144,7 @@ class CellPlot:
     @property
     def row_labels(self) -> list[str]:
         """Names of the rows; of those that are the columns' too and many, with a number that stands for them there."""
-        return [f"{name}  {i}" if self._numbered else str(name) for i, name in enumerate(self.values.index, start=1)]
+        return [f"{i}  {name}" if self._numbered else str(name) for i, name in enumerate(self.values.index, start=1)]
 
     @property
     def column_labels(self) -> list[str]:
