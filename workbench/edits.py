@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class Edit:
                 if not bool(torch.isfinite(part).all()):
                     raise EditError(f"The change of {name} is not finite. Try smaller steps, or float32.")
 
-    @property
+    @cached_property
     def key(self) -> str:
         """16 hexadecimal digits that name this very change."""
         digest = hashlib.blake2b(f"{self.base} {self.after}".encode(), digest_size=8)
@@ -208,6 +209,22 @@ class Edit:
             if name not in parameters or tuple(parameters[name].shape) != shape:
                 raise EditError(f"{lm.name} has no parameter {name} of shape {shape}. Was it loaded another way?")
 
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """What is told of each edit that is in this one, in order: `what`, its facts' ids, its seconds, and what was measured.
+
+        Of what was measured the plain values; curves stay in the manifest of the single edit.
+        """
+        if "parts" in self.run:
+            return list(self.run["parts"])
+        told = {name: self.run.get(name) for name in ("what", "seconds")}
+        told["facts"] = [fact.id for fact in self.facts]
+        measured = [
+            {name: value for name, value in one.items() if isinstance(value, (str, int, float))}
+            for one in self.run.get("edited", ())
+        ]
+        return [{**told, "edited": measured} if measured else told]
+
     def __add__(self, other: Edit) -> Edit:
         """Both edits as one: changes are added up.
 
@@ -230,6 +247,7 @@ class Edit:
                 **other.run,
                 "label": self.label if self.label == other.label else f"{self.label} + {other.label}",
                 "sum_of": sorted({*own, other.key, *other.run.get("sum_of", ())}),
+                "parts": [*self.parts, *other.parts],
             },
         )
 
