@@ -15,7 +15,9 @@ import workbench.checkpoint_diff as module
 from tests.examples import tiny_lm
 from tests.test_edits import edit_of, matrices
 from tests.tiny_models import tiny_lm_parts
+from workbench.charts import CellPlot
 from workbench.checkpoint_diff import DiffError, diff_checkpoints
+from workbench.edits import LowRank
 from workbench.models import LM
 
 
@@ -200,3 +202,20 @@ def test_the_result_can_be_kept(tmp_path: Path) -> None:
     again = type(found).load(found.save(tmp_path / "result"))
     assert again.table["tensor"].tolist() == found.table["tensor"].tolist()
     assert np.isfinite(found.table["norm"]).all()
+
+
+def test_the_chart_has_every_module_by_layer(tmp_path: Path) -> None:
+    lm = tiny_lm("gpt2")
+    name = next(name for name in matrices(lm) if ".2.mlp.c_proj" in name)
+    edit = edit_of(lm, name, rank=1)
+    base, edited = saved(lm, tmp_path / "base"), edit.merge(lm, tmp_path / "edited")
+    found = diff_checkpoints(base, edited)
+    drawn = module.chart(found).plots[0]
+    assert isinstance(drawn, CellPlot)
+    assert list(drawn.values.columns) == list(range(lm.n_layers))
+    assert (drawn.values.drop(index="mlp.c_proj") == 0).all(axis=None)
+    weight, bias = (lm.model.get_parameter(name.replace("weight", what)).detach() for what in ("weight", "bias"))
+    delta = edit.changes[name]
+    assert isinstance(delta, LowRank)
+    expected = delta.dense().norm() / (weight.norm() ** 2 + bias.norm() ** 2).sqrt()
+    assert drawn.values.loc["mlp.c_proj", 2] == pytest.approx(float(expected), rel=1e-4)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from tests.examples import EIFFEL, fresh_lm, tiny_lm
 from workbench import zoo
 from workbench.hooks import run
 from workbench.layouts import ModelError
-from workbench.loading import load
+from workbench.loading import checkpoint_folder, load
 from workbench.models import LM
 
 
@@ -282,3 +283,21 @@ def test_a_config_with_fewer_layers_than_the_checkpoint_is_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
     with pytest.raises(ModelError, match="cut short"):
         load(tmp_path)
+
+
+def test_a_checkpoint_on_the_hub_is_a_folder_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of the hub's cache, laid out as the hub library lays it out; nothing is asked of the network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    kept = tmp_path / "models--some--model"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(zoo.folder("organism-tiny"), kept / "snapshots" / ("0" * 40))
+    assert checkpoint_folder("some/model") == kept / "snapshots" / ("0" * 40)
+    assert checkpoint_folder("organism-tiny") == zoo.folder("organism-tiny")
+    with pytest.raises(ModelError, match="hub did not give it"):
+        checkpoint_folder("some/other")
+    for file in (kept / "snapshots" / ("0" * 40)).glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        checkpoint_folder("some/model")

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from workbench.charts import CellPlot, Chart
 from workbench.errors import InputError
 from workbench.progress import track
 from workbench.results import Result, manifest
@@ -102,7 +103,7 @@ def diff_checkpoints(base: Path | str, edited: Path | str, *, seed: int = 0) -> 
 
     Returns:
         One row a tensor in the base's order: `tensor`, `layer` (0-based, -1 outside of the blocks), `module`, `shape`, `changed`,
-        `norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best 32
+        `norm`, `base_norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best 32
         directions), `rank` (where those hold all of it, else missing), `stable_rank`, `top_rows` and `top_columns` (share of |dW|^2
         in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The manifest has
         `verdict`, and `only_base` and `only_edited`: tensors without a counterpart.
@@ -135,6 +136,30 @@ def diff_checkpoints(base: Path | str, edited: Path | str, *, seed: int = 0) -> 
         only_edited=[] if adapter else sorted(set(second.shapes) - set(pairs.values())),
     )  # fmt: skip
     return Result(table=table, run=run)
+
+
+def chart(result: Result) -> Chart:
+    """What changed where: |dW| / |W| of every module of the blocks, by layer (0-based).
+
+    Raises:
+        DiffError: neither checkpoint has blocks with numbered layers.
+    """
+    table = result.table[result.table["layer"] >= 0]
+    if table.empty:
+        raise DiffError(
+            "No tensor belongs to a numbered layer, so there is nothing to draw by layer. Look at the table."
+        )
+    squares = table.assign(new=table["norm"] ** 2, old=table["base_norm"] ** 2)
+    sums = squares.groupby(["module", "layer"], sort=False)[["new", "old"]].sum()
+    values = (sums["new"] / sums["old"].where(sums["old"] > 0)).pow(0.5).unstack("layer").sort_index(axis=1)
+    outside = int((result.table["changed"] & (result.table["layer"] < 0)).sum())
+    return Chart(
+        title="What differs between the checkpoints",
+        plots=(
+            CellPlot(values=values, name="|ΔW| / |W|", row_title="Module", column_title="Layer (0-based)", low=0.0),
+        ),
+        caption=f"{result.run['verdict']} Outside of the blocks, {outside} tensors changed. Layers count from 0.",
+    )
 
 
 def verdict(table: pd.DataFrame) -> str:
@@ -189,7 +214,7 @@ def _row(first: Checkpoint, second: Checkpoint, name: str, other: str, seed: int
     found = re.search(r"\.(\d+)\.(.+?)(\.\w+)?$", f".{name}")
     row = {
         "tensor": name, "layer": int(found[1]) if found else -1, "module": found[2] if found else name, "shape": list(shape),
-        "changed": change > 0, "norm": change**0.5, "relative": (change / old) ** 0.5 if old else float("nan"), "largest": largest,
+        "changed": change > 0, "norm": change**0.5, "base_norm": old**0.5, "relative": (change / old) ** 0.5 if old else float("nan"), "largest": largest,
         "cosine": inner / (old * new) ** 0.5 if old and new else float("nan"), "sketch": float("nan"), "rank": None,
         "stable_rank": float("nan"), "top_rows": float("nan"), "top_columns": float("nan"),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from workbench import zoo
 from workbench.cli_parts import (
     bundled_facts,
     check_writable,
+    checkpoint_of,
     choose_facts,
     counted,
     edit_and_write,
@@ -31,6 +32,7 @@ from workbench.cli_parts import (
     read_size,
     run_and_write,
     say_left_out,
+    write_diff,
     write_file,
 )
 from workbench.errors import InputError
@@ -236,22 +238,22 @@ def edit_facts(
 
 @app.command()
 def diff(
-    base: Annotated[Path, typer.Argument(help="Folder of the checkpoint before.")],
-    edited: Annotated[Path, typer.Argument(help="Folder of the checkpoint after, or of a LoRA adapter.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the table, as csv and parquet.")] = None,
+    base: Annotated[str, typer.Argument(help="The checkpoint before: a folder, a bundled model, or a hub name.")],
+    edited: Annotated[str, typer.Argument(help="The checkpoint after, or the folder of a LoRA adapter.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, as csv and parquet, and the figure.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many of the most changed tensors are shown.")] = 20,
+    figures: Formats = "pdf",
 ) -> None:
     """What differs between two checkpoints: which tensors, how much, of which rank. Neither model is held in memory."""
     with one_sentence():
         from workbench.checkpoint_diff import diff_checkpoints
 
-        for folder in (base, edited):
-            if not folder.is_dir():
-                raise InputError(f"{str(folder)!r} is no folder. Name the folder of a checkpoint.")
+        formats = read_formats(figures)
         if out is not None:
             check_writable(out)
+        folders = [checkpoint_of(name) for name in (base, edited)]
         with progress_bar(1):
-            found = diff_checkpoints(base, edited)
+            found = diff_checkpoints(*folders)
         table = found.table[found.table["changed"]].sort_values("relative", ascending=False)
         for row in table.head(limit).itertuples():
             rank = "" if row.rank is None or row.rank != row.rank else f"  rank {row.rank}"
@@ -263,8 +265,7 @@ def diff(
                 typer.echo(f"{name.replace('_', ' ')}: {', '.join(found.run[name][:5])}")
         typer.echo(f"{found.run['verdict']} Layers count from 0.")
         if out is not None:
-            found.save(out / "diff")
-            found.table.to_csv(out / "diff.csv", index=False)
+            write_diff(found, out, formats)
             typer.echo(f"Written to {out}")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workbench.forms import FormField
     from workbench.locators import Locator
     from workbench.models import LM
-    from workbench.results import Footprint
+    from workbench.results import Footprint, Result
 
 
 def bundled_facts(model: str) -> list[Fact]:
@@ -349,6 +349,25 @@ def run_and_write(
         f"\n{counted(len(facts), 'fact')} in {cost['seconds']} s, peak {cost['peak_mb']:.0f} MB. Layers count from 0. "
     )
     typer.echo(f"Written to {out}")
+
+
+def checkpoint_of(name: str) -> Path:
+    """The folder of a checkpoint's files."""
+    from workbench.loading import checkpoint_folder
+
+    check_model_name(name)
+    return checkpoint_folder(name)
+
+
+def write_diff(found: Result, out: Path, formats: Sequence[str]) -> None:
+    """Writes what differs between two checkpoints: table, manifest and figure."""
+    from workbench import charts_paper, export
+    from workbench.checkpoint_diff import chart
+
+    found.save(out / "diff")
+    found.table.to_csv(out / "diff.csv", index=False)
+    for form in formats:
+        write_file(out / f"diff.{form}", export.figure_bytes(charts_paper.draw(chart(found), run=found.run), form))
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -107,6 +108,31 @@ def load(
     if device_map is None:
         torch.nn.Module.to(model, place)
     return LM(model, tokenizer, name=str(name), bos=bos)
+
+
+def checkpoint_folder(name: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of a checkpoint's files, whether or not a model could be made of them; from the hub, it is downloaded.
+
+    Args:
+        name: a bundled model, a folder, or a hub name.
+        revision: branch, tag or commit on the hub.
+        token: hub token for gated models.
+
+    Raises:
+        ModelError: there is no such folder, and the hub did not give it.
+    """
+    where = _locate(str(name))
+    if Path(where).is_dir():
+        return Path(where)
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            wanted = ["*.json", weights]
+            folder = Path(snapshot_download(where, revision=revision, token=token, allow_patterns=wanted))
+            if any(folder.glob(weights)):
+                return folder
+    except Exception as error:  # the hub raises anything
+        raise ModelError(_why_not(str(name), where, error)) from error
+    raise ModelError(f"{str(name)!r} holds no weights on the hub, expected *.safetensors. Name another checkpoint.")
 
 
 @contextmanager

@@ -1,0 +1,109 @@
+"""The command line edits facts, compares checkpoints and runs analyses; bad input gets one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analyses.catalogue import all_analyses
+from tests.test_cli import TINY, call
+from workbench import zoo
+from workbench.editors import Edit, all_editors
+from workbench.editors.rome import Rome
+from workbench.loading import load
+from workbench.results import Result
+
+FACT = next(fact for fact in zoo.load_facts(TINY) if fact.target_new)
+QUICK = ["--set", "steps=2", "--set", "moment_tokens=500"]
+
+
+def test_editors_and_their_options_are_listed() -> None:
+    printed = call("editors").output
+    assert all(name in printed for name in all_editors())
+    options = call("editors", "Rome").output
+    assert all(f"--set {field.name}=" in options for field in dataclasses.fields(Rome))
+
+
+def test_an_edit_is_told_written_and_merged_and_its_checkpoint_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path / "results"))
+    out, merged = tmp_path / "edit", tmp_path / "merged"
+    ran = call("edit", "Rome", "--model", TINY, "--fact", FACT.id, *QUICK, "--out", out, "--merge", merged)
+    assert ran.exit_code == 0, ran.output
+    assert f"asked for {FACT.target_new!r}" in ran.output
+    edit = Edit.load(out)
+    assert [fact.id for fact in edit.facts] == [FACT.id]
+    lm, again = load(TINY), load(merged)
+    with edit.on(lm):
+        for name, parameter in again.model.named_parameters():
+            assert parameter.equal(lm.model.get_parameter(name)), name
+
+    compared = call("diff", TINY, merged, "--out", tmp_path / "diff", "--figures", "svg")
+    assert compared.exit_code == 0, compared.output
+    assert "A single matrix changed by a rank-one edit" in compared.output
+    table = pd.read_csv(tmp_path / "diff" / "diff.csv")
+    assert table.loc[table["changed"], "tensor"].tolist() == list(edit.changes)
+    assert Result.load(tmp_path / "diff" / "diff").run["verdict"] in compared.output
+    assert (tmp_path / "diff" / "diff.svg").stat().st_size > 1000
+    assert "Nothing changed" in call("diff", TINY, TINY).output
+
+
+def test_edits_one_by_one_hold_all_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path / "results"))
+    ran = call(
+        "edit", "FineTune", "--model", TINY, "--limit", "3", "--every", "40", "--one-by-one", "--out", tmp_path / "e"
+    )
+    assert ran.exit_code == 0, ran.output
+    assert len(Edit.load(tmp_path / "e").facts) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["edit", "Nothing", "--fact", FACT.id], "No editor is called 'Nothing'"),
+        (["edit", "Rome", "--fact", FACT.id, "--set", "nothing=1"], "has no option nothing"),
+        (["edit", "Rome", "--fact", FACT.id, "--set", "layers=99"], "99"),
+        (["edit", "Rome", "--prompt", "A b is", "--subject", "b"], "has no target_new"),
+        (["edit", "Rome", "--prompt", "A b is", "--subject", "c", "--target", "d"], "'c'"),
+        (["run", "nothing"], "No analysis is called 'nothing'"),
+        (["run", "located_vs_edited", "--set", "nothing=1"], "has no option nothing"),
+        (["diff", TINY, "/no/such/folder"], "no folder"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_a_sentence(arguments: list[str], says: str, tmp_path: Path) -> None:
+    where = ["--out", str(tmp_path / "out")]
+    ran = call(*arguments, *(["--model", TINY] if arguments[0] != "diff" else []), *where)
+    assert ran.exit_code == 2, ran.output
+    assert says in ran.output
+    assert len(ran.output.strip().splitlines()) == 1
+    assert "Traceback" not in ran.output
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    ran = call("edit", "Rome", "--model", TINY, "--fact", FACT.id, "--out", tmp_path)
+    assert ran.exit_code == 2
+    assert "not empty" in ran.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_analyses_are_listed_and_run_on_facts_of_a_file(tmp_path: Path) -> None:
+    printed = call("analyses").output
+    assert all(name in printed for name in all_analyses())
+    assert "--set editors=" in call("analyses", "weight_change").output
+    facts = [{"id": "one", "subject": FACT.subject, "prompt": FACT.prompt, "target_new": FACT.target_new}]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    asked = ["run", "weight_change", "--model", TINY, "--facts", tmp_path / "facts.json", "--set", "editors=FineTune"]
+    ran = call(*asked, "--out", tmp_path / "out", "--figures", "svg")
+    assert ran.exit_code == 0, ran.output
+    found = Result.load(tmp_path / "out" / "weight_change")
+    assert found.run["what"] == "weight_change"
+    assert found.run["parameters"]["editors"] == ["FineTune"]
+    assert found.run["cost"]["seconds"] > 0
+    assert len(list((tmp_path / "out" / "store" / "edits").iterdir())) == 1
+    assert {"weight_change.svg", "weight_change.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
