@@ -359,17 +359,35 @@ def show_load(lm: LM | None) -> None:
         accept_new_options=True,
         placeholder="one of those saved here, or the path of another",
     )
-    if st.button("Load", key="load", disabled=lm is None or not (file or place)) and lm is not None:
-        try:
-            source = file.getvalue() if file is not None else saved_folder() / str(place)
-            if file is None and place not in saved:
-                source = Path(str(place)).expanduser()
-            edit = load_edit(lm, source)
-        except InputError as error:
-            parts.show_error(error)
-        else:
-            add(edit)
-            st.rerun()
+    st.button("Load", key="load", disabled=lm is None or not (file or place), on_click=load, args=(lm,))
+    show_outcome("load")
+
+
+def load(lm: LM) -> None:
+    """Puts an edit from a file or a folder into the list; for the button."""
+    file, place = st.session_state["upload"], str(st.session_state["folder"] or "")
+    here = saved_folder() / place if place and (saved_folder() / place / "edit.json").is_file() else Path(place)
+    try:
+        edit = load_edit(lm, file.getvalue() if file is not None else here.expanduser())
+    except InputError as error:
+        note_outcome("load", wrong=str(error))
+    else:
+        add(edit)
+        note_outcome("load", said="Loaded and applied; see the list.")
+
+
+def note_outcome(what: str, *, said: str = "", wrong: str = "") -> None:
+    """Keeps what became of a button until one is pressed again: the page may be drawn anew meanwhile."""
+    st.session_state["outcome"] = what, said, wrong
+
+
+def show_outcome(what: str) -> None:
+    """What became of a button."""
+    of, said, wrong = st.session_state.get("outcome", ("", "", ""))
+    if of == what and wrong:
+        parts.show_error(wrong)
+    elif of == what:
+        st.success(parts.plain(said))
 
 
 def saved_folder() -> Path:
@@ -673,13 +691,9 @@ def show_files(choice: ModelChoice, one: Kept, on: List) -> None:
         )  # fmt: skip
         with st.popover("Save", icon=":material/save:"):
             st.caption(f"Into a new folder of `{parts.plain(str(saved_folder()))}`; Load lists it.")
-            name = st.text_input("Folder", key="save-as", placeholder=file_stem(one))
-            if st.button("Save", key="save"):
-                try:
-                    folder = one.edit.save(named_folder(saved_folder(), name or file_stem(one)))
-                    st.success(parts.plain(f"Saved in {folder}."))
-                except InputError as error:
-                    parts.show_error(error)
+            st.text_input("Folder", key="save-as", placeholder=file_stem(one))
+            st.button("Save", key="save", on_click=save, args=(one,))
+            show_outcome(f"save {one.key}")
         with st.popover("Export as a checkpoint", icon=":material/ios_share:"):
             show_export(choice, on)
 
@@ -691,26 +705,43 @@ def show_export(choice: ModelChoice, on: List) -> None:
         f"The model with {count(len(on), 'applied edit')}, as a folder that from\\_pretrained loads; "
         f"it goes to `{parts.plain(str(base))}`."
     )
-    name = st.text_input("New folder", key="export-as", placeholder="my-edited-model")
-    key = f"export-{'-'.join(one.key for one in on)}-{name}"
-    job = parts.workshop().find(key)
-    if st.button("Export", key="export", disabled=not on or not (name or "").strip()):
-        try:
-            edits_on = tuple(one.edit for one in on)
-            if added_up(edits_on).sides:
-                raise FactError(
-                    "A memory, or text before prompts, cannot be merged into weights. Switch that edit off, or save it instead."
-                )
-            work = partial(export_model, edits=edits_on, folder=named_folder(base, name or ""))
-            job = parts.workshop().submit(choice, work, key=key, title=parts.plain(f"Export {name}"))
-            job.wait(2)
-        except InputError as error:
-            parts.show_error(error)
-            return
+    st.text_input("New folder", key="export-as", placeholder="my-edited-model")
+    st.button("Export", key="export", disabled=not on, on_click=export, args=(choice, on))
+    show_outcome("export")
+    job = parts.workshop().find(st.session_state.get("exporting", ""))
     if job is not None and job.status.state == "done":
         st.success(parts.plain(f"Written to {job.result}."))
     elif job is not None and job.status.state == "failed":
         parts.show_error(job.status.error)
+
+
+def save(one: Kept) -> None:
+    """Saves an edit in a new folder; for the button."""
+    try:
+        folder = one.edit.save(named_folder(saved_folder(), st.session_state["save-as"] or file_stem(one)))
+    except (InputError, OSError) as error:
+        note_outcome(f"save {one.key}", wrong=str(error))
+    else:
+        note_outcome(f"save {one.key}", said=f"Saved in {folder}.")
+
+
+def export(choice: ModelChoice, on: List) -> None:
+    """Queues the writing of the edited model; for the button."""
+    st.session_state["exporting"], name = "", st.session_state["export-as"] or ""
+    edits_on = tuple(one.edit for one in on)
+    try:
+        folder = named_folder(results_folder() / "checkpoints", name)
+        if added_up(edits_on).sides:
+            raise FactError(
+                "A memory, or text before prompts, cannot be merged into weights. Switch that edit off, or save it instead."
+            )
+    except InputError as error:
+        note_outcome("export", wrong=str(error))
+        return
+    st.session_state.pop("outcome", None)
+    st.session_state["exporting"] = f"export-{folder}"
+    work = partial(export_model, edits=edits_on, folder=folder)
+    parts.workshop().submit(choice, work, key=f"export-{folder}", title=parts.plain(f"Export {name}"))
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -768,6 +799,7 @@ def show_page() -> None:
     strip = st.container()
     show_list(lm, on, waiting)
     keys: list[str] = [question.key] if question is not None else []
+    keys.append(st.session_state.get("exporting", ""))
     one = choose_edit(here) if here else None
     if lm is not None and fact is not None:
         filled = replace(fact, target_true=fact.target_true or (seen.answer.strip() if seen is not None else ""))
