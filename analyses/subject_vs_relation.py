@@ -1,4 +1,4 @@
-"""Is a fact found at its subject or its relation, and which of the two does an edit change? Two traces, then three kinds of prompts.
+"""Is a fact found at its subject or its relation, and which of the two does an edit change? Two traces, three kinds of prompts.
 
 Wei et al. 2024, "Does Knowledge Localization Hold True?" (arXiv 2409.00617), claim that relations have places of their own, in
 attention too, and that editing a relation is not the same as editing an entity. "Relation Also Knows" (arXiv 2408.15091) finds that
