@@ -75,6 +75,7 @@ def form_of(module: str, name: str) -> tuple[FormField, ...]:
     return tuple(found.values())
 
 
+@cache  # also since Python 3.11 cannot parse in two threads at once
 def form_of_function(module: str, name: str) -> tuple[FormField, ...]:
     """The keyword-only parameters of a function that have a default, but for `store`; help is their line under `Args:`.
 
