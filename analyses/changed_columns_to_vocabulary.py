@@ -30,7 +30,7 @@ from torch import Tensor
 from analyses.edit_quality import log_p
 from analyses.editing import edit_each, fitted_editors
 from analyses.injection import interval
-from workbench.charts import Chart, LinePlot
+from workbench.charts import Chart, DotPlot
 from workbench.editors._values import down_path, read_keys
 from workbench.edits import Edit
 from workbench.errors import InputError
@@ -205,34 +205,26 @@ def _wins(lm: LM, fact: Fact, edit: Edit) -> bool:
 
 
 def chart(result: Result) -> Chart:
-    """Hit@k against k, before and after, for both projections and both ways to put columns together."""
+    """Hit@k before and after, at the smallest and the largest k, for both projections and both ways to put columns together."""
     table = result.table[result.table["reading"] != "change"]
+    table = table[table["k"].isin([table["k"].min(), table["k"].max()])]
     plots = []
-    for projection in table["projection"].unique():
-        for over in table["over"].unique():
-            one = table[(table["projection"] == projection) & (table["over"] == over)]
-            rows = pd.DataFrame({
-                "series": one["editor"] + ", " + one["reading"], "x": one["k"], "y": one["value"], "low": one["low"],
-                "high": one["high"],
-            })  # fmt: skip
-            chance = rows["series"].str.endswith(", random")
-            at_random = (
-                rows[chance].groupby("x", as_index=False)[["y", "low", "high"]].mean().assign(series="random columns")
-            )
-            norm = "with the final norm" if projection == "normed" else "without the final norm"
-            plots.append(
-                LinePlot(
-                    rows=pd.concat([rows[~chance], at_random], ignore_index=True),
-                    x_title="k", y_title="Hit@k of the new answer", title=f"{over} of the columns, {norm}", log_x=True,
-                )
-            )  # fmt: skip
-    n, columns = int(table["n"].max()), int(result.extras["each"]["column"].max()) + 1
+    for (projection, over), one in table.groupby(["projection", "over"], sort=False):
+        norm = "with" if projection == "normed" else "without"
+        rows = pd.DataFrame({
+            "label": one["editor"] + ", k = " + one["k"].astype(str), "series": one["reading"], "x": one["value"],
+            "low": one["low"], "high": one["high"],
+        })  # fmt: skip
+        plots.append(
+            DotPlot(rows=rows, x_title="Hit@k of the new answer", title=f"{over} of the columns, {norm} the final norm")
+        )
+    n, columns = table["n"].max(), result.extras["each"]["column"].max() + 1
     return Chart(
         title="The most changed columns in words",
         plots=tuple(plots),
         columns=2,
-        caption=f"{n} facts; the {columns} value vectors that each edit changes most. Bands: 95 % bootstrap over facts. "
-        "Random: other value vectors of the same layers.",
+        caption=f"{n} facts; the {columns} value vectors that each edit changes most. Intervals: 95 % bootstrap over facts. "
+        "Random: other value vectors of the same layers, before the edit.",
     )
 
 

@@ -34,7 +34,7 @@ import pandas as pd
 
 from analyses.edit_quality import log_p
 from analyses.editing import edit_each, fitted_editors
-from analyses.intervals import means_by
+from analyses.intervals import RESAMPLES, means_by
 from workbench import zoo
 from workbench.charts import CellPlot, Chart
 from workbench.data.texts import BUNDLED, open_texts
@@ -175,7 +175,7 @@ def robustness(
     }  # fmt: skip
     run = manifest(
         "robustness", model=lm.protocol, parameters=parameters, facts=facts, left_out=left_out,
-        bootstrap={"seed": seed, "level": 0.95, "method": "percentile"},
+        bootstrap={"resamples": RESAMPLES, "seed": seed, "level": 0.95, "method": "percentile"},
     )  # fmt: skip
     return Result(table=table, run=run, extras={"each": each})
 

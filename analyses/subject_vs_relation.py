@@ -30,7 +30,7 @@ import pandas as pd
 
 from analyses.edit_quality import log_p
 from analyses.editing import edit_each, fitted_editors
-from analyses.intervals import means_by
+from analyses.intervals import RESAMPLES, means_by
 from workbench.charts import Chart, DotPlot, LinePlot, Plot
 from workbench.errors import InputError
 from workbench.facts import Fact, Probe, distinct_facts
@@ -100,7 +100,7 @@ def subject_vs_relation(
     run = manifest(
         "subject_vs_relation", model=lm.protocol, parameters=parameters, facts=facts, left_out=left_out,
         noise=traced.run["parameters"]["noise"], window=locator.window,
-        bootstrap={"seed": seed, "level": 0.95, "method": "percentile"},
+        bootstrap={"resamples": RESAMPLES, "seed": seed, "level": 0.95, "method": "percentile"},
     )  # fmt: skip
     corruptions = traced.extras["facts"][["fact", "clean", "corrupted", "corrupted_relation"]].rename(
         columns={"corrupted": "subject", "corrupted_relation": "relation"}

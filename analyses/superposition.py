@@ -52,6 +52,10 @@ KeyKind = Literal["alone", "averaged"]
 """Which key ROME takes for the direction: the prompt's own, or its mean over contexts, as published."""
 
 
+SHOWN = 12
+"""Of so many facts, at most, the matrix is drawn."""
+
+
 def superposition(
     lm: LM,
     facts: Sequence[Fact],
@@ -281,20 +285,10 @@ def chart(result: Result) -> Chart:
     ])  # fmt: skip
     shown = int(interference["layer"].iloc[0]) if len(interference) else -1
     layer = shown if shown in set(table["layer"]) else int(table["layer"].iloc[0])
-    pairs = result.extras["pairs"]
-    ids = list(dict.fromkeys(pairs["fact"]))
-    matrix = (
-        pairs[pairs["layer"] == layer].pivot(index="fact", columns="other", values="p").reindex(index=ids, columns=ids)
-    )
-    matrix = matrix.where(~np.eye(len(ids), dtype=bool), 1.0)
     plots: list[Plot] = [
         LinePlot(rows=kurtosis, y_title="Excess kurtosis of p", title="Heavier tails: less superposition"),
-        LinePlot(rows=cosines, y_title="Mean |cosine| of two facts", title="Are keys orthogonal?"),
-        CellPlot(
-            values=matrix, name="p", title=f"P in layer {layer}", row_title="Edited fact", column_title="Other fact",
-            low=-1.0, high=1.0, signed=True,
-        ),
-    ]  # fmt: skip
+        LinePlot(rows=cosines, y_title="Mean |cosine| of two", title="Are keys orthogonal?"),
+    ]
     if len(interference):
         plots.append(ScatterPlot(
             rows=pd.DataFrame({
@@ -302,15 +296,24 @@ def chart(result: Result) -> Chart:
                 "x": interference["p"], "y": interference["measured"],
                 "note": interference["fact"] + " on " + interference["other"],
             }),
-            x_title="Predicted: p", y_title="Measured change, in the edited fact's", title=f"ROME edits in layer {shown}",
+            x_title="Predicted: p", y_title="Measured (1: as the edited fact)", title=f"ROME edits in layer {shown}",
             diagonal=True,
         ))  # fmt: skip
+    pairs = result.extras["pairs"]
+    facts = list(dict.fromkeys(pairs["fact"]))
+    ids = facts[:: -(-len(facts) // SHOWN)]
+    matrix = pairs[pairs["layer"] == layer].pivot(index="fact", columns="other", values="p")
+    matrix = matrix.reindex(index=ids, columns=ids).where(~np.eye(len(ids), dtype=bool), 1.0)
+    plots.append(CellPlot(
+        values=matrix, name="p", title=f"P in layer {layer}, {len(ids)} of the facts", row_title="Edited fact",
+        column_title="Other fact", low=-1.0, high=1.0, signed=True,
+    ))  # fmt: skip
     edited = interference["fact"].nunique()
     return Chart(
         title="Knowledge in superposition",
         plots=tuple(plots),
         columns=2,
-        caption=f"{len(ids)} facts, {table['n'].iloc[0]} pairs of different subjects; {edited} facts edited. "
+        caption=f"{len(facts)} facts, {table['n'].iloc[0]} pairs of different subjects; {edited} facts edited. "
         "Band: 95 % bootstrap over facts. Layers count from 0.",
     )
 

@@ -23,7 +23,7 @@ from analyses.changed_columns_to_vocabulary import (
 from tests.examples import EIFFEL, tiny_lm
 from tests.test_edits import edit_of
 from workbench import zoo
-from workbench.charts import LinePlot
+from workbench.charts import DotPlot
 from workbench.editors import Edit
 from workbench.editors._values import down_path, down_weight
 from workbench.errors import InputError
@@ -115,7 +115,10 @@ def test_hits_are_counts_of_ranks(organism: LM, tmp_path: Path, monkeypatch: pyt
     moved = each.groupby("reading")["moved"]
     assert moved.count()["random"] == 0
     assert (moved.min()[["before", "after", "change"]] > 0).all()
-    assert isinstance(chart(found).plots[0], LinePlot)
+    plots = chart(found).plots
+    assert len(plots) == 4
+    assert isinstance(plots[0], DotPlot)
+    assert set(plots[0].rows["series"]) == {"before", "after", "random"}
     again = Result.load(found.save(tmp_path / "found"))
     assert summary(again) == summary(found)
     assert "Hit@40" in summary(found)

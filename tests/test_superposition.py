@@ -120,7 +120,7 @@ def test_one_subject_is_told_apart(lm: LM, tmp_path: Path, monkeypatch: pytest.M
 def test_chart_summary_and_disk(found: Result, tmp_path: Path) -> None:
     again = Result.load(found.save(tmp_path / "found"))
     assert summary(again) == summary(found)
-    scatter = chart(again).plots[-1]
+    scatter = chart(again).plots[2]
     assert isinstance(scatter, ScatterPlot)
     assert scatter.diagonal
     assert len(scatter.rows) == len(found.extras["interference"])
