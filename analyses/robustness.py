@@ -87,6 +87,9 @@ _DOCUMENTS = 20_000
 _SHORTEST = 4
 """Words of the shortest sentence that counts."""
 
+_TOGETHER = 8
+"""Prompts that the model runs at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
@@ -265,12 +268,19 @@ def _ask(lm: LM, fact: Fact, material: Material, *, edited: bool, tokens: int) -
     held, other = answers if edited else answers[::-1]
     asked = attacks(fact, material, held=held, other=other)
     prompts = [prompt for _, prompt in asked]
-    said = continue_prompts(lm, prompts, n=tokens)
-    own, its = log_p(lm, prompts * 2, [held] * len(prompts) + [other] * len(prompts)).reshape(2, -1)
+    said, preferred = [""] * len(prompts), np.zeros(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), _TOGETHER):  # alike long ones together, since the short are padded to the long
+        places = order[start : start + _TOGETHER]
+        some = [prompts[place] for place in places]
+        own, its = log_p(lm, some * 2, [held] * len(some) + [other] * len(some)).reshape(2, -1)
+        preferred[places] = (own > its).double().numpy()
+        for place, text in zip(places, continue_prompts(lm, some, n=tokens), strict=True):
+            said[place] = text
     table: pd.DataFrame = pd.DataFrame({
         "attack": [attack for attack, _ in asked], "prompt": prompts, "said": said,
         "accuracy": [float(appears(held, text)) for text in said], "reversion": [float(appears(other, text)) for text in said],
-        "preferred": (own > its).double().numpy(),
+        "preferred": preferred,
     })  # fmt: skip
     return table
 
