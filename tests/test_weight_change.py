@@ -56,12 +56,19 @@ def test_every_editor_has_an_expectation() -> None:
     assert set(EXPECTED) == set(all_editors())
 
 
-@pytest.mark.parametrize("name", sorted(set(all_editors()) - {"Mend"}))  # which trains a network on facts of its own
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_algebra_of_every_editor_is_kept(name: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(
+            ("gpt2", name) for name in sorted(set(all_editors()) - {"Mend"})
+        ),  # which trains a network on facts of its own
+        *(("llama", name) for name in ("Rome", "KnowledgeNeuronEdit", "FineTune")),  # matrices lie the other way
+    ],
+)
+def test_the_algebra_of_every_editor_is_kept(family: str, name: str) -> None:
     lm, editor = tiny_lm(family), small(name)
     if isinstance(editor, FineTune):
-        editor = replace(editor, steps=12)  # of the first steps, signs of a gradient of rank one, some entries cancel
+        editor = replace(editor, steps=12)  # after three, one direction of 48 may be missing
     try:
         edit = editor(lm, [EIFFEL])
     except ModelError as error:
@@ -90,6 +97,7 @@ def test_a_change_of_another_structure_is_not_as_expected() -> None:
     assert not EXPECTED["AlphaEdit"].holds(made(alpha, one))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_usual_is_how_much_of_the_change_usual_keys_meet(family: str) -> None:
     lm = tiny_lm(family)
     name = f"{lm.layout.blocks}.2.{lm.layout.down_proj}.weight"
