@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 import workbench.editors
 from analyses.edit_quality import log_p
-from tests.examples import EIFFEL, JOBS, SAID, fresh_lm, tiny_lm
+from tests.examples import EIFFEL, FACTS, JOBS, SAID, fresh_lm, tiny_lm
 from workbench import zoo
 from workbench.editors import Editor, all_editors, edit_stream
 from workbench.edits import Edit, EditError, Introducing, LowRank, edits_on
@@ -22,6 +23,7 @@ from workbench.hooks import run
 from workbench.layouts import ModelError
 from workbench.loading import load
 from workbench.models import LM
+from workbench.results import record
 
 EDITORS = all_editors()
 
@@ -40,6 +42,8 @@ SMALL: dict[str, Any] = {
     "n_locality": 2,
     "pool_size": 20,
     "only_subject": True,
+    "batch": 2,
+    "rank": 8,
 }
 """Set where an editor has such a parameter, so that it is quick and has something to do in a random model."""
 
@@ -55,9 +59,13 @@ def small(name: str) -> Editor:
 
 @pytest.fixture(autouse=True, scope="module")
 def kept_moments(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Files of moments go to a folder of these tests."""
+    """Files of moments go to a folder of these tests, and there are facts to train a network on."""
+    folder = tmp_path_factory.mktemp("results")
+    facts = [replace(fact, target_new=fact.target_new or "Rome") for fact in FACTS]
+    (folder / "facts.json").write_text(json.dumps([record(fact) for fact in facts]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORKBENCH_RESULTS", str(tmp_path_factory.mktemp("results")))
+        patch.setenv("WORKBENCH_RESULTS", str(folder))
+        patch.setitem(SMALL, "data", str(folder / "facts.json"))
         yield
 
 
