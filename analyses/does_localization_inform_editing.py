@@ -39,22 +39,18 @@ from torch import Tensor
 from analyses.injection import interval
 from analyses.layer_edits import (
     Ascent,
+    EditorName,
+    LayerEditor,
     Moments,
-    Shifts,
-    find_deltas,
-    fine_tune_shifts,
+    edit_every_layer,
+    layer_editor,
     log_p_with,
-    memit_shifts,
     noised,
-    rome_shifts,
 )
 from analyses.series import locate_each
 from workbench import zoo
 from workbench.charts import Chart, DotPlot, LinePlot, Plot
-from workbench.editors._values import ValueEditor
 from workbench.editors.fine_tune import FineTune
-from workbench.editors.memit import Memit
-from workbench.editors.rome import Rome
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError, distinct_facts
 from workbench.generation import continue_prompts, continue_tokens
@@ -65,10 +61,7 @@ from workbench.noise import Noise, draw, subject_sigma
 from workbench.progress import track
 from workbench.results import Result, manifest
 from workbench.sites import Site, default_window
-from workbench.sites import window as layers_around
 from workbench.store import Store
-
-EditorName = Literal["FT", "FT5", "ROME", "MEMIT"]
 
 Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
 
@@ -298,7 +291,7 @@ class _Bench:
     def _made(self, fact: Fact, problem: Problem, names: Sequence[EditorName]) -> dict[EditorName, pd.DataFrame]:
         if not any(key[0] == fact.id for key in self.ascents):
             self.ascents.clear()
-        lower = problem == "fact_erasure"
+        lower, clock = problem == "fact_erasure", _Clock(self.seconds)
         noise = self._noise(fact)
         answer = self._answer(fact, problem, noise)
         noisy = noise if problem == "fact_forcing" else None
@@ -307,7 +300,11 @@ class _Bench:
             raise FactError(
                 f"p({answer!r}) after {fact.text!r} is below {LEAST_P}, so there is nothing to erase. Take a known fact."
             )
-        edits = self._edits(own, names, problem, lower=lower)
+        clock.note("runs without edits")
+        edits = edit_every_layer(
+            own, {name: self._editor(name, problem) for name in names}, self.moments,
+            width=int(self.options["width"]), lower=lower, done=clock.note,
+        )  # fmt: skip
         n = int(self.options["probes"])
         groups = {
             "rewrite": [own],
@@ -320,9 +317,10 @@ class _Bench:
         }
         rows = [(name, layer) for name in names for layer in edits[name]]
         every = [edits[name][layer] for name, layer in rows]
-        with _clock(self.seconds, "scores"):
-            after = {what: [_p(log_p_with(one, every)) for one in ascents] for what, ascents in groups.items()}
-            lost = [log_p_with(one, every).mean(1).cpu().double().numpy() for one in groups["essence"]]
+        clock.note("runs without edits")
+        after = {what: [_p(log_p_with(one, every)) for one in ascents] for what, ascents in groups.items()}
+        lost = [log_p_with(one, every).mean(1).cpu().double().numpy() for one in groups["essence"]]
+        clock.note("scores")
         table = pd.DataFrame(rows, columns=["editor", "layer"]).assign(problem=problem, fact=fact.id)
         for what in ("rewrite", "paraphrase", "neighborhood"):
             score = neighborhood_score if what == "neighborhood" else erased if lower else recovered
@@ -339,58 +337,13 @@ class _Bench:
             name: pd.DataFrame(table.loc[table["editor"] == name, columns]).reset_index(drop=True) for name in names
         }
 
-    def _edits(
-        self, own: Ascent, names: Sequence[EditorName], problem: Problem, *, lower: bool
-    ) -> dict[EditorName, dict[int, Shifts]]:
-        """By editor, the edit of each layer; a layer where there is none is left out."""
-        lm, width = self.lm, int(self.options["width"])
-        single = {layer: range(layer, layer + 1) for layer in range(lm.n_layers)}
-        windows = {layer: layers_around(layer, width, lm.n_layers) for layer in range(lm.n_layers)}
-        found: dict[EditorName, dict[int, Shifts]] = {}
-        deltas: dict[Any, dict[int, Tensor]] = {}
-        for name in names:
-            editor = self._editor(name, problem)
-            with _clock(self.seconds, name):
-                if isinstance(editor, FineTune):
-                    spans = single if name == "FT" else windows
-                    found[name] = fine_tune_shifts(own, spans, editor, lower=lower)
-                    continue
-                assert isinstance(editor, ValueEditor)  # the other two
-                place = "mlp_out" if name == "ROME" else "resid_post"
-                same = replace(Rome(), **{key: getattr(editor, key) for key in _SEARCH})
-                key = (same, place if editor.reference == "value" else "resid_post")
-                wanted = single if name == "ROME" else windows
-                known = deltas.setdefault(key, {})  # MEMIT looks for the values that ROME looks for, one layer higher
-                layers = sorted({span[-1] for span in wanted.values()} - set(known))
-                if layers:
-                    known |= find_deltas(own, layers, editor, place=place, lower=lower)
-                moments = self.moments.setdefault(editor.corpus, Moments(lm=lm, options=editor))
-                if isinstance(editor, Memit):
-                    found[name] = memit_shifts(own, windows, known, editor, moments)
-                else:
-                    made, _ = rome_shifts(own, {layer: known[layer] for layer in range(lm.n_layers)}, moments)
-                    found[name] = made
-            found[name] = dict(sorted(found[name].items()))
-        return found
-
-    def _editor(self, name: EditorName, problem: Problem) -> FineTune | ValueEditor:
+    def _editor(self, name: EditorName, problem: Problem) -> LayerEditor:
         """An editor as it is set for this model and problem."""
-        alone: dict[str, Any] = {"prefix_lengths": (), "essence": ()}
-        stop: dict[str, Any] = {"fact_amplification": {"stop_below": 0.0}, "fact_erasure": {"stop_below": 0.01}}.get(
-            problem, {}
-        )
-        if name == "ROME":
-            return Rome.fitted(self.lm, **alone, **stop)
-        if name == "MEMIT":
-            return Memit.fitted(self.lm, **alone, **stop)
-        editor = FineTune.fitted(self.lm, **stop)
-        bound = self.options["bound"]
-        return replace(
-            editor,
-            layers=None,
-            norm_constraint=bound if bound is None or name == "FT" else bound / 2,
-            steps=editor.steps * (2 if problem == "fact_forcing" else 1),
-        )
+        stop = {"fact_amplification": {"stop_below": 0.0}, "fact_erasure": {"stop_below": 0.01}}.get(problem, {})
+        editor = layer_editor(self.lm, name, bound=self.options["bound"], **stop)
+        if isinstance(editor, FineTune) and problem == "fact_forcing":
+            return replace(editor, steps=2 * editor.steps)
+        return editor
 
     def _answer(self, fact: Fact, problem: Problem, noise: Tensor) -> str:
         """What the edit is about."""
@@ -422,8 +375,7 @@ class _Bench:
         key = (fact.id, prompt.text, answer, prompt.noise is not None)
         if key not in self.ascents:
             noise = prompt.noise if isinstance(prompt.text, Fact) else None
-            with _clock(self.seconds, "runs without edits"):
-                self.ascents[key] = Ascent.of(self.lm, prompt.text, answer, noise=noise)
+            self.ascents[key] = Ascent.of(self.lm, prompt.text, answer, noise=noise)
         return self.ascents[key]
 
     def _texts(self, fact: Fact) -> list[Ascent]:
@@ -437,21 +389,16 @@ class _Bench:
         return [self._ascent(fact, _Prompt(text=prompt), text) for text in dict.fromkeys(texts) if text]
 
 
-_SEARCH = ("steps", "learning_rate", "stop_below", "weight_decay", "clamp", "reference")
-"""What the search for a value depends on."""
+class _Clock:
+    """Adds the seconds since the last note to entries."""
 
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.last = seconds, time.perf_counter()
 
-class _clock:
-    """Adds the seconds spent within to an entry."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.began
+    def note(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
 
 
 def _p(log_p: Float[Tensor, "row step"]) -> Float[np.ndarray, " row"]:

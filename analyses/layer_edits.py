@@ -15,8 +15,8 @@ al. 2023, arXiv 2301.04213, sec. 5.1): its loss is the probability itself, as in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,12 +27,12 @@ from workbench.editors._gradients import learning
 from workbench.editors._values import ValueEditor, better, solve
 from workbench.editors.fine_tune import FineTune
 from workbench.editors.memit import Memit
-from workbench.editors.rome import SMALLEST_COSINE
+from workbench.editors.rome import SMALLEST_COSINE, Rome
 from workbench.facts import Fact
 from workbench.hooks import capture_calls, run_block
 from workbench.models import LM, ModelError, Tokens
 from workbench.moments import second_moments
-from workbench.sites import Site
+from workbench.sites import Site, window
 
 MOST_NUMBERS = 2**27
 """Fine-tuning keeps so many numbers at once, changes and Adam's moments together; where rows need more they go in groups."""
@@ -405,6 +405,79 @@ def _fine_tuned(ascent: Ascent, windows: Mapping[int, range], options: FineTune,
         adam.step(slopes)
         if options.norm_constraint is not None:
             adam.x.clamp_(-options.norm_constraint, options.norm_constraint)
+    return found
+
+
+# --- editors by name ---
+
+EditorName = Literal["FT", "FT5", "ROME", "MEMIT"]
+"""FT and ROME change one layer, FT5 and MEMIT a window of layers."""
+
+LayerEditor = FineTune | Rome | Memit
+
+_SEARCH = ("steps", "learning_rate", "stop_below", "weight_decay", "clamp", "reference")
+"""What the search for a value depends on."""
+
+
+def layer_editor(lm: LM, name: EditorName, *, bound: float | None, **options: Any) -> LayerEditor:
+    """An editor with its settings for the model, for the prompt alone; `bound` is that of fine-tuning, of which FT5 has half."""
+    if name == "ROME":
+        return Rome.fitted(lm, prefix_lengths=(), essence=(), **options)
+    if name == "MEMIT":
+        return Memit.fitted(lm, prefix_lengths=(), essence=(), **options)
+    half = bound if bound is None or name == "FT" else bound / 2
+    return replace(FineTune.fitted(lm, **options), layers=None, norm_constraint=half)
+
+
+def spans_of(lm: LM, name: EditorName, *, width: int) -> dict[int, range]:
+    """By layer, what an edit of this layer changes: itself, or the window around it, clipped to the model."""
+    return {layer: window(layer, 1 if name in ("FT", "ROME") else width, lm.n_layers) for layer in range(lm.n_layers)}
+
+
+def edit_every_layer(
+    ascent: Ascent,
+    editors: Mapping[EditorName, LayerEditor],
+    moments: dict[str, Moments],
+    *,
+    width: int,
+    lower: bool = False,
+    done: Callable[[EditorName], None] = lambda name: None,
+) -> dict[EditorName, dict[int, Shifts]]:
+    """By editor and layer, the edit; a layer where ROME would explode is left out.
+
+    Args:
+        ascent: the prompt and the answer.
+        editors: by name.
+        moments: those that earlier calls used, by corpus; more are put in.
+        width: layers of a window.
+        lower: the answer's probability is to fall.
+        done: is told when an editor is done.
+
+    Raises:
+        EditError: a second moment cannot be inverted.
+    """
+    lm = ascent.lm
+    found: dict[EditorName, dict[int, Shifts]] = {}
+    deltas: dict[Any, dict[int, Tensor]] = {}
+    for name, editor in editors.items():
+        spans = spans_of(lm, name, width=width)
+        if isinstance(editor, FineTune):
+            made = fine_tune_shifts(ascent, spans, editor, lower=lower)
+        else:
+            place = "mlp_out" if isinstance(editor, Rome) else "resid_post"
+            key = (*(getattr(editor, option) for option in _SEARCH), place if editor.reference == "value" else "")
+            known = deltas.setdefault(
+                key, {}
+            )  # MEMIT looks for the values that ROME looks for, at the last of its layers
+            if layers := sorted({span[-1] for span in spans.values()} - set(known)):
+                known |= find_deltas(ascent, layers, editor, place=place, lower=lower)
+            inverse = moments.setdefault(f"{editor.covariance} {editor.corpus}", Moments(lm=lm, options=editor))
+            if isinstance(editor, Memit):
+                made = memit_shifts(ascent, spans, known, editor, inverse)
+            else:
+                made, _ = rome_shifts(ascent, {layer: known[layer] for layer in spans}, inverse)
+        found[name] = dict(sorted(made.items()))
+        done(name)
     return found
 
 

@@ -15,7 +15,6 @@ from scipy import stats
 import analyses.does_localization_inform_editing as module
 from analyses.does_localization_inform_editing import (
     PUBLISHED,
-    EditorName,
     LocatorName,
     Problem,
     chart,
@@ -27,6 +26,7 @@ from analyses.does_localization_inform_editing import (
     summary,
 )
 from analyses.edit_quality import log_p
+from analyses.layer_edits import EditorName
 from workbench.charts import DotPlot, LinePlot
 from workbench.editors.rome import Rome
 from workbench.facts import FactError
@@ -170,8 +170,7 @@ def test_a_stopped_run_goes_on_from_the_store(result: Result, folder: Path, monk
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("edited again")
 
-    for name in ("find_deltas", "fine_tune_shifts"):
-        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(module, "edit_every_layer", refuse)
     again = does_localization_inform_editing(
         organism(), FACTS, editors=("ROME", "FT"), problems=("fact_erasure",), resamples=20, store=Store(folder=folder)
     )
