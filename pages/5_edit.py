@@ -139,7 +139,7 @@ def words_of(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, (int, float)):
         return f"{value:g}"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) or "nothing"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) or "empty"
 
 
 def ask_options(editor: str, starting: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def show_load(lm: LM | None) -> None:
         index=None,
         key="folder",
         accept_new_options=True,
-        placeholder="one of those saved here, or the path of another",
+        placeholder="saved here, or a path",
     )
     st.button("Load", key="load", disabled=lm is None or not (file or place), on_click=load, args=(lm,))
     show_outcome("load")
@@ -495,13 +495,15 @@ def show_view(found: View | None, seen: Look | None, fact: Fact, on: List) -> No
 
 
 def choose_edit(here: List) -> Kept:
-    """The edit that is looked at: the one made last, unless another is chosen."""
+    """The edit whose place is shown: the one made last, unless another is chosen."""
     keys = {one.key: one for one in here}
     if st.session_state.get("edit") not in keys:
         st.session_state["edit"] = here[-1].key
     if len(here) == 1:
         return here[0]
-    key: str | None = st.selectbox("Edit", list(keys), key="edit", format_func=lambda one: keys[one].title)
+    key: str | None = st.selectbox(
+        "The edit that is looked at below", list(keys), key="edit", format_func=lambda one: keys[one].title
+    )
     return keys[key] if key is not None else here[-1]
 
 
@@ -578,7 +580,7 @@ def show_matrix(lm: LM, one: Kept, place: Place) -> None:
         cells[0].metric("|ΔW| / |W|", drawing.number(told["relative"]), help="Frobenius norms.")
         cells[1].metric("Rank", int(told["rank"]), help=f"Numerical. Stable rank {told['stable_rank']:.1f}.")
         cells[2].metric(
-            "In 20 columns" if len(found.neurons) else "In 20 neurons",
+            "In 20 columns" if told["kind"] in ("mlp_out", "attn_out") else "In 20 rows",
             f"{100 * told['share_20']:.0f} %",
             help="Share of |ΔW|² in the 20 most changed ones.",
         )
@@ -800,14 +802,14 @@ def show_page() -> None:
     show_list(lm, on, waiting)
     keys: list[str] = [question.key] if question is not None else []
     keys.append(st.session_state.get("exporting", ""))
-    one = choose_edit(here) if here else None
     if lm is not None and fact is not None:
         filled = replace(fact, target_true=fact.target_true or (seen.answer.strip() if seen is not None else ""))
         keys.append(view_key(lm, filled, on))
         work = partial(view, edits=tuple(kept.edit for kept in on), fact=filled)
         found = measured(choice, work, key=keys[-1], title=f"Answers about {fact.subject}")
         show_view(found, seen, fact, on)
-    if lm is not None and one is not None:
+    if lm is not None and here:
+        one = choose_edit(here)
         below = made_on(here, one)
         if below is None:
             st.caption("This edit was made on top of others that are not in the list. Load those too.")
