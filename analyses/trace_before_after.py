@@ -65,7 +65,7 @@ def trace_before_after(
     *,
     editors: tuple[str, ...] = ("Rome", "FineTune"),
     kind: Literal["mlp_out", "attn_out", "resid_post"] = "mlp_out",
-    window: int | None = None,
+    width: int | None = None,
     samples: int = 10,
     resamples: int = 2000,
     seed: int = 0,
@@ -76,7 +76,7 @@ def trace_before_after(
     Args:
         editors: the editing methods, with the presets of this model.
         kind: which outputs are restored.
-        window: how many layers of MLP or attention outputs are restored together; none: as many as fit the model's depth.
+        width: how many layers of MLP or attention outputs are restored together; none: as many as fit the model's depth.
         samples: noise samples of every cell.
         resamples: bootstrap resamples of the facts.
         seed: of the bootstrap.
@@ -94,7 +94,7 @@ def trace_before_after(
     """
     facts = distinct_facts(facts, to="edit and trace")
     left_out: dict[str, str] = {}
-    options = {} if window is None else {"window": window}
+    options = {} if width is None else {"window": width}
     known = zoo.load_facts(lm.name) if lm.name in zoo.NAMES else facts
     locator = CausalTrace.fitted(lm, kinds=(kind,), samples=samples, **options).resolved(lm, known)
     tables, moved = [], []
@@ -124,7 +124,7 @@ def trace_before_after(
     run = manifest(
         "trace_before_after", model=lm.protocol, facts=facts, left_out=left_out,
         parameters={
-            "editors": editors, "kind": kind, "window": window, "samples": samples, "resamples": resamples, "seed": seed,
+            "editors": editors, "kind": kind, "width": width, "samples": samples, "resamples": resamples, "seed": seed,
         },
         trace=repr(locator), unit="indirect effect in p", planted=list(band) if band else None,
     )  # fmt: skip
