@@ -41,7 +41,7 @@ from workbench.editors._values import checked_layers, read_keys, read_values, so
 from workbench.editors.rome import Rome
 from workbench.edits import EditError
 from workbench.errors import InputError
-from workbench.facts import SLOT, Fact, distinct_facts, spread
+from workbench.facts import SLOT, Fact, FactError, distinct_facts, spread
 from workbench.models import LM
 from workbench.moments import second_moments
 from workbench.progress import track
@@ -74,7 +74,7 @@ def superposition(
 
     Args:
         lm: the model.
-        facts: at least two with different subjects; those with `target_new` can be edited.
+        facts: at least two, best of different subjects; those with `target_new` can be edited.
         layers: layers (0-based) of which P is taken; none: all.
         where: whether keys are read in the fact's prompt, or after the bare subject, as published. Edits use the prompt.
         edits: how many facts are edited, spread over those given; 0 for none.
@@ -87,20 +87,20 @@ def superposition(
 
     Returns:
         One row a layer: `kurtosis` with `low` and `high`, `size` (mean |p|), `mean` (of p), `cosine` (mean |cosine| of two keys),
-        `whitened` (the same after C^-1/2), `n` (pairs). Extras: `pairs` (fact, other, layer, p, cosine, same_subject) and
-        `interference` (keys, layer, fact: the edited one, other, same_subject, p, own, measured; `size`, the length of the change
-        of the other's value, `delta`, that of the edited one's; `lost`, by how much the log-probability of the other's true answer
-        fell; NaN where it has none).
+        `whitened` (the same after C^-1/2), `n` (pairs of different subjects; where there is none, the rest is NaN). Extras: `pairs`
+        (fact, other, layer, p, cosine, same_subject) and `interference` (keys, layer, fact: the edited one, other, same_subject, p,
+        own, measured; `size`, the length of the change of the other's value, `delta`, that of the edited one's; `lost`, by how much
+        the log-probability of the other's true answer fell; NaN where it has none).
 
     Raises:
         FactError: fewer than two facts.
-        InputError: all facts have one subject, or C can be inverted in no layer.
+        InputError: C can be inverted in no layer.
         MomentsError: a model that is not bundled, and no corpus.
     """
     facts = distinct_facts(facts, to="compare")
     other = ~_same_subject(facts)
-    if not other.any():
-        raise InputError(f"All {len(facts)} facts are about {facts[0].subject!r}. Give facts about different subjects.")
+    if len(facts) < 2:
+        raise FactError(f"{facts[0].id!r} is the only fact, so there is nothing to compare it with. Give at least two.")
     left_out: dict[str, str] = {}
     rows, pairs = [], []
     chosen = range(lm.n_layers) if layers is None else checked_layers(lm, layers)
@@ -116,11 +116,10 @@ def superposition(
         p = (inner / inner.diagonal()[:, None]).numpy()
         cosine, whitened = _cosines((k @ k.T).numpy()), _cosines(inner.numpy())
         low, high = _kurtosis_interval(p, other, resamples=resamples, seed=seed)
-        rows.append({
-            "layer": layer, "kurtosis": stats.kurtosis(p[other]), "low": low, "high": high,
-            "size": np.abs(p[other]).mean(), "mean": p[other].mean(), "cosine": np.abs(cosine[other]).mean(),
-            "whitened": np.abs(whitened[other]).mean(), "n": int(other.sum()),
-        })  # fmt: skip
+        found = {"kurtosis": p, "size": np.abs(p), "mean": p, "cosine": np.abs(cosine), "whitened": np.abs(whitened)}
+        means = {name: one[other].mean() if other.any() else np.nan for name, one in found.items()}
+        means["kurtosis"] = stats.kurtosis(p[other]) if len(np.unique(p[other])) > 1 else np.nan
+        rows.append({"layer": layer, **means, "low": low, "high": high, "n": int(other.sum())})
         pairs.append(_pairs(facts, layer=layer, p=p, cosine=cosine, same_subject=~other))
     if not rows:
         raise InputError(f"C can be inverted in no layer. The first: {next(iter(left_out.values()))}")
@@ -242,6 +241,8 @@ def _kurtosis_interval(
     """
     n = len(p)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    if not counted.any():
+        return np.nan, np.nan
     centred = p - p[counted].mean()
     sums = [np.einsum("ri,ij,rj->r", weights, counted * centred**power, weights, optimize=True) for power in range(5)]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -285,10 +286,13 @@ def chart(result: Result) -> Chart:
     ])  # fmt: skip
     shown = int(interference["layer"].iloc[0]) if len(interference) else -1
     layer = shown if shown in set(table["layer"]) else int(table["layer"].iloc[0])
-    plots: list[Plot] = [
-        LinePlot(rows=kurtosis, y_title="Excess kurtosis of p", title="Heavier tails: less superposition"),
-        LinePlot(rows=cosines, y_title="Mean |cosine| of two", title="Are keys orthogonal?"),
-    ]
+    curves = (
+        LinePlot(
+            rows=kurtosis.dropna(subset="y"), y_title="Excess kurtosis of p", title="Heavier tails: less superposition"
+        ),
+        LinePlot(rows=cosines.dropna(subset="y"), y_title="Mean |cosine| of two", title="Are keys orthogonal?"),
+    )
+    plots: list[Plot] = [curve for curve in curves if len(curve.rows)]  # none where all facts have one subject
     if len(interference):
         plots.append(ScatterPlot(
             rows=pd.DataFrame({

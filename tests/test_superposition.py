@@ -14,9 +14,8 @@ from analyses.catalogue import analysis_named
 from analyses.superposition import _kurtosis_interval, agreement, chart, inner_products, summary, superposition
 from tests.examples import EIFFEL, FACTS
 from tests.tiny_models import tiny_lm_parts
-from workbench.charts import ScatterPlot
+from workbench.charts import CellPlot, ScatterPlot
 from workbench.editors._values import read_keys
-from workbench.errors import InputError
 from workbench.facts import FactError
 from workbench.models import LM
 from workbench.moments import second_moments
@@ -111,8 +110,14 @@ def test_one_subject_is_told_apart(lm: LM, tmp_path: Path, monkeypatch: pytest.M
     )
     assert bare.extras["pairs"].set_index(["fact", "other"]).loc[("eiffel", "twin"), "p"] == pytest.approx(1)
     assert "Knowledge" in chart(found).title
-    with pytest.raises(InputError, match="different subjects"):
-        superposition(lm, [EIFFEL, twin], corpus="bundled")
+    alone = superposition(lm, [EIFFEL, twin], corpus="bundled", moment_tokens=TOKENS, edits=0, layers=(1,))
+    assert alone.table["n"].tolist() == [0]
+    assert alone.table["kurtosis"].isna().all()
+    assert alone.extras["pairs"]["p"].notna().all()
+    assert "nan" in summary(alone)
+    assert [type(plot) for plot in chart(alone).plots] == [CellPlot]
+    with pytest.raises(FactError, match="only fact"):
+        superposition(lm, [EIFFEL], corpus="bundled")
     with pytest.raises(FactError, match="no fact to compare"):
         superposition(lm, [], corpus="bundled")
 
