@@ -15,11 +15,11 @@ large the causal trace of the very fact is there adds next to nothing (at most 3
    of the last against the first. With few facts the slopes gain by chance alone: `chance` is the mean gain when every fact has
    another fact's trace, and `p_permuted` how often that is as large.
 
-Departures: all layers, not nine of 28; the window of FT5 and MEMIT is 3 below 24 layers; editors see the prompt alone, without
-random prefixes and essence prompts (`analyses.layer_edits`), with their settings for the model in all problems, but fine-tuning
-takes twice the steps in forcing, as published, and amplification takes all of its steps, since the bundled models are almost sure
-of their facts; one draw of the noise; o_noise has as many tokens as o_true where the paper has up to 12; facts that the model
-does not say are left out, those with o_noise = o_true from reversal, and those with p(o_true) < 0.02 from erasure.
+Departures: all layers, not nine of 28; the window of FT5 and MEMIT is narrower below 20 layers; editors see the prompt alone,
+without random prefixes and essence prompts (`analyses.layer_edits`), with their settings for the model in all problems, but
+fine-tuning takes twice the steps in forcing, as published, and amplification takes all of its steps, since the bundled models are
+almost sure of their facts; one draw of the noise; o_noise has as many tokens as o_true where the paper has up to 12; facts that the
+model does not say are left out, those with o_noise = o_true from reversal, and those with p(o_true) < 0.02 from erasure.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from analyses.series import locate_each
 from workbench import zoo
 from workbench.charts import Chart, DotPlot, LinePlot, Plot
 from workbench.editors.fine_tune import FineTune
+from workbench.editors.memit import spread_over
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError, distinct_facts
 from workbench.generation import continue_prompts, continue_tokens
@@ -60,7 +61,7 @@ from workbench.models import LM
 from workbench.noise import Noise, draw, subject_sigma
 from workbench.progress import track
 from workbench.results import Result, manifest
-from workbench.sites import Site, default_window
+from workbench.sites import Site
 from workbench.store import Store
 
 Problem = Literal["error_injection", "tracing_reversal", "fact_erasure", "fact_amplification", "fact_forcing"]
@@ -138,7 +139,7 @@ def does_localization_inform_editing(
         editors: FT changes one layer, FT5 and MEMIT a window of them.
         problems: what edits are to do, see the paper's section 5.1.
         locator: what says where a fact is, instead of the causal trace of MLP outputs.
-        width: layers that FT5, MEMIT and the trace take together; default: 5, and 3 below 24 layers.
+        width: layers that FT5, MEMIT and the trace take together; default: a quarter of all, at most 5.
         bound: the most by which fine-tuning changes a weight, and twice of what FT5 may; it is tuned to a model so that edits do
             not all succeed (GPT-J: 0.0001); none: no bound.
         probes: how many paraphrases and how many neighbors are scored; the published code takes one.
@@ -158,7 +159,7 @@ def does_localization_inform_editing(
         ModelError: the model normalises what its MLPs add.
     """
     facts = distinct_facts(facts, to="edit")
-    together = default_window(lm.n_layers, 5) if width is None else width
+    together = spread_over(lm) if width is None else width
     left_out: dict[str, str] = {}
     known = []
     for fact in facts:

@@ -37,6 +37,7 @@ from analyses.locating_effectiveness import against_band
 from analyses.series import Located, locate_each
 from workbench import zoo
 from workbench.charts import CellPlot, Chart, DotPlot, LinePlot, Plot
+from workbench.editors.memit import spread_over
 from workbench.edits import Edit
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError, distinct_facts, spread
@@ -44,7 +45,7 @@ from workbench.locators import Locator, locator_named
 from workbench.models import LM
 from workbench.progress import track
 from workbench.results import Result, manifest
-from workbench.sites import Role, default_window
+from workbench.sites import Role
 from workbench.store import Store
 
 LocatorName = Literal[
@@ -227,7 +228,7 @@ def _edited(
     store: Store | None,
 ) -> pd.DataFrame:
     """A row an editor, fact and layer with `EDIT_MEASURES`, `p_new`, and whether the layer is below, inside or above the band."""
-    width = default_window(lm.n_layers, 5)
+    width = spread_over(lm)
     moments: dict[str, Moments] = {}
     chosen = {name: layer_editor(lm, name, bound=bound) for name in editors}
     parts = []
@@ -310,7 +311,7 @@ def _inserted(
     store: Store | None,
 ) -> pd.DataFrame:
     """A row a locator, editor, layer and fact: hit, distance, and the hit without the edit."""
-    width = default_window(lm.n_layers, 5)
+    width = spread_over(lm)
     untouched = _profiles(located)
     steps = [(name, layer, fact) for name in editors for layer in layers for fact in some]
     rows = []
