@@ -12,9 +12,11 @@ Llama-2-7B-chat goes from 99.9 % to 16.9 %.
    That row, `no edit`, is the ceiling: an attack that the model does not survive with what it knows says nothing about an edit.
 
 The ceiling matters most for the bundled models. They know only their own grammar: of the attacks, the rewordings, the context and
-the question without the name are in words that they were trained with; gaps to fill, dialogue and objections are not, and what they
-say there is no judgement about an editor. The published numbers (`published`, CounterFact, Llama-2-7B-chat) stand beside an editor
-of the same name and attack; they are of another model and other prompts.
+the question without the name are in words that they were trained with. A gap to fill leaves them without an answer whatever they
+know, so `cloze` says nothing about an editor there; a dialogue or an objection that ends with the plain prompt is to them little
+more than noise before it, so that holding out is easy, and no sign that doubt would be withstood. The published numbers
+(`published`, CounterFact, Llama-2-7B-chat) stand beside an editor of the same name and attack; they are of another model and other
+prompts.
 
 Sentences about the subject come from the corpus; where it has none, from the fact's own locality and portability prompts with their
 answers; sentences about something else from the corpus or the fact's neighbors. None names either answer. The question without the
