@@ -112,6 +112,46 @@ def show_maps(result: Result, *, key: str, model: str) -> None:
     analysis.show_tables(result, key="average")
 
 
+# -- the recommended layers ---------------------------------------------------------------------------------------------
+
+
+def show_recommended(question: analysis.Question, result: Result) -> None:
+    """The recommended layers of every editor, and files with them for EasyEdit."""
+    rows = result.extras["recommended"]
+    st.markdown(
+        "### Recommended layers",
+        help="By trace: where facts are found. By sweep: where edits turn out best. Layers count from 0.",
+    )
+    st.dataframe(
+        rows.drop(columns="yaml"),
+        hide_index=True,
+        key="recommended",
+        column_config={
+            "editor": st.column_config.TextColumn("Editor"),
+            "by": st.column_config.TextColumn("By"),
+            "layers": st.column_config.TextColumn("Layers"),
+            "score": st.column_config.NumberColumn("Score there", format="%.2f"),
+            "low": st.column_config.NumberColumn("From", format="%.2f", help="95 % bootstrap interval over facts."),
+            "high": st.column_config.NumberColumn("To", format="%.2f"),
+            "as_good": st.column_config.NumberColumn("As good", help="Places within the interval of the best one."),
+            "of": st.column_config.NumberColumn("Of places"),
+        },
+    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(
+            "**For EasyEdit**",
+            help="Files of hyperparameters with these layers and the editor's own settings otherwise.",
+        )
+        for row in rows[rows["yaml"] != ""].to_dict("records"):
+            st.download_button(
+                f"{row['editor']}, by {row['by']}",
+                data=row["yaml"],
+                file_name=f"{row['editor']}-{row['by']}.yaml",
+                on_click="ignore",
+                key=f"yaml-{row['editor']}-{row['by']}",
+            )
+
+
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +166,7 @@ def show_page() -> None:
     if name == AVERAGE:
         show_average()
     else:
-        analysis.show_analysis(name)
+        analysis.show_analysis(name, more={"layers_to_edit": show_recommended})
 
 
 parts.run_in_app()

@@ -120,10 +120,14 @@ def _draw(
         across |= dict(title_text="", showticklabels=False)
     figure.update_layout({f"xaxis{number}": across, f"yaxis{number}": up})
     if heading := _heading(plot):
-        first, *rest = map(plots._safe, heading)
-        strong = f'<span style="color:{ink["text"]};font-weight:600">{first}</span>'
+        lines = [
+            f'<span style="color:{ink["text"]};font-weight:600">{plots._safe(line)}</span>'
+            if strong
+            else plots._safe(line)
+            for line, strong in heading
+        ]
         figure.add_annotation(
-            text="<br>".join([strong, *rest]), x=x[0], xref="paper", xanchor="left", align="left", y=y[1], yref="paper",
+            text="<br>".join(lines), x=x[0], xref="paper", xanchor="left", align="left", y=y[1], yref="paper",
             yanchor="bottom", yshift=16 if _marked(plot) else 3, showarrow=False, font=dict(size=13, color=ink["muted"]),
         )  # fmt: skip
 
@@ -429,10 +433,14 @@ def _is_written(plot: CellPlot) -> bool:
     return bool((~_written(plot).isin(["", NONE])).to_numpy().any())
 
 
-def _heading(plot: Plot) -> list[str]:
-    """What stands above a plot, in lines. A matrix with numbers in its cells has no colour bar, so it is named here."""
-    lines = drawing.wrapped(plot.title, 44) if plot.title else []
-    return [*lines, *drawing.wrapped(plot.name, 48)] if isinstance(plot, CellPlot) and _is_written(plot) else lines
+def _heading(plot: Plot) -> list[tuple[str, bool]]:
+    """What stands above a plot, in lines, and which of them are its title.
+
+    A matrix with numbers in its cells has no colour bar, so its numbers are named here.
+    """
+    title = [(line, True) for line in (drawing.wrapped(plot.title, 44) if plot.title else [])]
+    name = drawing.wrapped(plot.name, 48) if isinstance(plot, CellPlot) and _is_written(plot) else []
+    return [*title, *((line, False) for line in name)]
 
 
 def _above(plot: Plot) -> int:

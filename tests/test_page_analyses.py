@@ -1,0 +1,124 @@
+"""The pages of analyses without a browser: questions, work, answers, and what they say where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import streamlit as st
+import torch
+from streamlit.testing.v1 import AppTest
+
+from tests.examples import fresh_lm
+from tests.test_app import SOON, _close_workers, errors, open_page, settle, texts
+
+PAGES = ("located_vs_edited", "averages", "compare_checkpoints", "lifelong")
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A results folder of the test's own, and new workers."""
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path / "results"))
+    st.cache_data.clear()
+    yield tmp_path / "results"
+    _close_workers()
+
+
+def charts(app: AppTest) -> list[Any]:
+    """The figures on the page."""
+    return list(app.get("plotly_chart"))
+
+
+def codes(app: AppTest) -> str:
+    """What stands in boxes of code."""
+    return "\n".join(code.value for code in app.code)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_opens_and_can_be_started(page: str) -> None:
+    app = open_page(page, model="organism-tiny")
+    assert not app.exception
+    assert not app.error
+    assert app.button(key="run").label
+
+
+def test_an_analysis_from_the_button_to_its_answer_and_again() -> None:
+    about = {"about-located_vs_edited": "weight_change", "weight_change-editors": ["FineTune"], "model": "organism-tiny"}
+    app = settle(open_page("located_vs_edited", **about))
+    app.number_input(key="n-10").set_value(2)
+    settle(app.run())
+    button = app.button(key="run")
+    assert (button.label, button.disabled) == ("Run on 2 facts", False)
+    button.click()
+    settle(app.run())
+    assert not errors(app)
+    assert charts(app)
+    assert "run" not in [button.key for button in app.button]
+    for word in ("workbench run weight_change --model organism-tiny", "--limit 2", "--set editors=FineTune"):
+        assert word in codes(app)
+
+    again = settle(open_page("located_vs_edited", **about))
+    again.number_input(key="n-10").set_value(2)
+    settle(again.run())
+    assert charts(again), "the answer is found again"
+
+
+def test_what_cannot_be_edited_is_told_so(tiny_folder: Path) -> None:
+    about = {"about-located_vs_edited": "weight_change", "weight_change-editors": ["Rome"]}
+    app = settle(open_page("located_vs_edited", model=tiny_folder, **about))
+    app.button(key="run").click()
+    settle(app.run())
+    assert errors(app)
+    assert not charts(app)
+
+
+@pytest.mark.parametrize("page", ["located_vs_edited", "lifelong"])
+def test_an_analysis_that_is_not_installed_is_told_so(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pages import _analysis
+
+    monkeypatch.setattr(_analysis, "all_analyses", dict)
+    app = open_page(page, model="organism-tiny")
+    assert not app.exception
+    assert "not installed" in app.info[0].value
+
+
+def test_an_average_over_facts() -> None:
+    app = settle(open_page("averages", model="organism-tiny", **{"average-samples": 1}))
+    app.number_input(key="n-20").set_value(2)
+    settle(app.run())
+    app.button(key="run").click()
+    settle(app.run())
+    assert not errors(app)
+    assert len(charts(app)) == 6, "a map and curves for each of three kinds"
+    assert "workbench average --model organism-tiny" in codes(app)
+    assert "--limit 2" in codes(app)
+
+
+def test_two_checkpoints_are_compared(tmp_path: Path, tiny_folder: Path) -> None:
+    lm = fresh_lm("gpt2")
+    weights = lm.model.get_parameter("transformer.h.1.mlp.c_proj.weight")
+    weights.data += torch.ones_like(weights)
+    lm.model.save_pretrained(tmp_path / "edited")
+    app = compared(tiny_folder, tmp_path / "edited")
+    assert "A single matrix changed by a rank-one edit" in texts(app)
+    assert len(app.dataframe[0].value) == 1
+    assert charts(app)
+    assert "workbench diff" in codes(app)
+    assert "nowhere" in errors(compared(tmp_path / "nowhere", tiny_folder))[0]
+
+
+def compared(base: Path, edited: Path) -> AppTest:
+    """The page once its worker has read two checkpoints."""
+    app = open_page("compare_checkpoints", base=base, edited=edited)
+    app.button(key="run").click()
+    app.run()
+    end = time.monotonic() + SOON
+    while not app.error and not app.dataframe:
+        assert not app.exception
+        assert time.monotonic() < end
+        time.sleep(0.05)
+        app.run()
+    return app
