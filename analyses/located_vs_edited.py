@@ -480,7 +480,7 @@ def _overlay(profiles: pd.DataFrame, run: Any, *, title: str) -> LinePlot:
     band = run.get("planted")
     return LinePlot(
         rows=rows, y_title="Share of mass: located (up), edited (down)", title=title,
-        shade=range(band[0], band[-1] + 1) if band else None, lines={"": 0.0},
+        shade=range(band[0], band[-1] + 1) if band else None,
     )  # fmt: skip
 
 

@@ -51,10 +51,10 @@ from workbench.sites import TOKEN_ROLES
 from workbench.store import Store
 
 RUNS = {
-    "before": "before the edit, old answer",
-    "after_new": "after the edit, new answer",
-    "difference": "difference of the two",
-    "after_old": "after the edit, old answer",
+    "before": "before, old answer",
+    "after_new": "after, new answer",
+    "difference": "difference",
+    "after_old": "after, old answer",
 }
 """The maps, and what is above them."""
 
@@ -169,7 +169,7 @@ def chart(result: Result) -> Chart:
         for editor, own in roles.groupby("editor", sort=False)
         for run, title in RUNS.items()
     )
-    return Chart(title="Traces before and after an edit", plots=plots, columns=len(RUNS), caption=_caption(result, n))
+    return Chart(title="Traces before and after an edit", plots=plots, columns=2, caption=_caption(result, n))
 
 
 def fact_chart(result: Result, *, fact: str) -> Chart:
@@ -186,7 +186,7 @@ def fact_chart(result: Result, *, fact: str) -> Chart:
         for editor, own in rows.groupby("editor", sort=False)
         for run, title in RUNS.items()
     )
-    return Chart(title=f"Before and after an edit: {fact}", plots=plots, columns=len(RUNS), caption=_caption(result, 1))
+    return Chart(title=f"Before and after an edit: {fact}", plots=plots, columns=2, caption=_caption(result, 1))
 
 
 def summary(result: Result) -> str:
