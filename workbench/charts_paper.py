@@ -58,7 +58,7 @@ def draw(chart: Chart, *, run: Mapping[str, Any], size: Size | None = None) -> P
             width, height = size
         figure = PaperFigure(run=run, title=chart.title, figsize=(width, height), layout="constrained")
         share = bottom / height
-        figure.get_layout_engine().set(rect=(0, share, 1, 1 - share), w_pad=0.03, h_pad=0.03, hspace=0.03, wspace=0.03)  # type: ignore[union-attr, call-arg]  # constrained
+        figure.get_layout_engine().set(rect=(0, share, 1, 1 - share), w_pad=0.06, h_pad=0.03, hspace=0.03, wspace=0.03)  # type: ignore[union-attr, call-arg]  # constrained
         columns = max(map(len, grid))
         spec = figure.add_gridspec(len(grid), columns, height_ratios=inner)
         axes: list[Axes] = []
