@@ -22,7 +22,7 @@ from plotly.graph_objects import Figure
 
 from analyses.catalogue import Analysis, all_analyses
 from pages import _parts as parts
-from workbench import charts_paper, charts_screen
+from workbench import charts_paper, charts_screen, zoo
 from workbench.charts import CellPlot, Chart
 from workbench.data import read_facts
 from workbench.errors import InputError
@@ -185,7 +185,7 @@ def choose_facts(model: str, *, n: int, typed: bool = True) -> tuple[tuple[Fact,
     Raises:
         InputError: there is none, or they cannot be read.
     """
-    known = list(parts.known_facts(model).values())
+    known = _bundled(model)
     ways = [*([BUNDLED] if known else []), *([TYPED] if typed else []), FILE]
     way = st.segmented_control(
         "Facts",
@@ -218,6 +218,12 @@ def choose_facts(model: str, *, n: int, typed: bool = True) -> tuple[tuple[Fact,
     )
     more = ("--every", str(every)) if every > 1 else ()
     return chosen, (*more, "--limit", str(int(count)))
+
+
+@st.cache_resource(show_spinner=False)
+def _bundled(model: str) -> list[Fact]:
+    """The facts of a bundled model as the command line counts them; none for other models."""
+    return zoo.load_facts(model) if model in zoo.NAMES else []
 
 
 def _facts_of_file() -> tuple[tuple[Fact, ...], tuple[str, ...]]:

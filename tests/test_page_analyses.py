@@ -45,30 +45,17 @@ def test_a_page_opens_and_can_be_started(page: str) -> None:
     assert app.button(key="run").label
 
 
-def test_an_analysis_from_the_button_to_its_answer_and_again() -> None:
-    about = {"about-located_vs_edited": "weight_change", "weight_change-editors": ["FineTune"], "model": "organism-tiny"}
-    app = settle(open_page("located_vs_edited", **about))
-    app.number_input(key="n-10").set_value(2)
-    settle(app.run())
-    button = app.button(key="run")
-    assert (button.label, button.disabled) == ("Run on 2 facts", False)
-    button.click()
-    settle(app.run())
-    assert not errors(app)
-    assert charts(app)
-    assert "run" not in [button.key for button in app.button]
-    for word in ("workbench run weight_change --model organism-tiny", "--limit 2", "--set editors=FineTune"):
-        assert word in codes(app)
-
-    again = settle(open_page("located_vs_edited", **about))
-    again.number_input(key="n-10").set_value(2)
-    settle(again.run())
-    assert charts(again), "the answer is found again"
+def about_weights(model: Path | str, editor: str) -> AppTest:
+    """The page with the question which weights an editor changes."""
+    app = settle(open_page("located_vs_edited", model=model))
+    app.selectbox(key="about-located_vs_edited").set_value("weight_change")
+    app.run()
+    app.multiselect(key="weight_change-editors").set_value([editor])
+    return settle(app.run())
 
 
 def test_what_cannot_be_edited_is_told_so(tiny_folder: Path) -> None:
-    about = {"about-located_vs_edited": "weight_change", "weight_change-editors": ["Rome"]}
-    app = settle(open_page("located_vs_edited", model=tiny_folder, **about))
+    app = about_weights(tiny_folder, "Rome")
     app.button(key="run").click()
     settle(app.run())
     assert errors(app)
