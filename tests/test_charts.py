@@ -35,7 +35,9 @@ def curves(*names: str, sign: int = 1, layers: int = 12) -> pd.DataFrame:
 
 def cells(index: tuple[str, ...] = LONG, layers: int = 12) -> pd.DataFrame:
     """A matrix by layer with a row that has no values."""
-    values: pd.DataFrame = pd.DataFrame(RNG.uniform(0.1, 1, (len(index), layers)), index=list(index), columns=range(layers))
+    values: pd.DataFrame = pd.DataFrame(
+        RNG.uniform(0.1, 1, (len(index), layers)), index=list(index), columns=range(layers)
+    )
     values.iloc[1] = np.nan
     return values
 
