@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,8 @@ class Analysis:
         known = {field.name: field.default for field in self.form}
         if unknown := sorted(set(options) - set(known)):
             raise FactError(f"{self.name} has no option {unknown[0]!r}. It has {', '.join(known) or 'none'}.")
-        asked = manifest(self.name, model=lm.protocol, parameters={**known, **options}, facts=facts)
+        parameters = json.loads(json.dumps({**known, **options}))  # as they are read back
+        asked = manifest(self.name, model=lm.protocol, parameters=parameters, facts=facts)
         if store is not None and (found := store.find(asked, Result)) is not None:
             return found
         began = time.perf_counter()

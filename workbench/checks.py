@@ -10,6 +10,7 @@ import weakref
 
 import torch
 
+from workbench.edits import base_of, unedited
 from workbench.hooks import run
 from workbench.layouts import ModelError
 from workbench.metrics import lens_logits
@@ -22,7 +23,7 @@ _done: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, dict[str, float]]] 
 
 
 def self_checks(lm: LM) -> dict[str, float]:
-    """The largest relative error of each identity, on two short prompts.
+    """The largest relative error of each identity, on two short prompts; of the model without its edits.
 
     - `reading`: logits with every site read, against the bare model's
     - `identity_patch`: logits with every block's output replaced by itself
@@ -34,8 +35,9 @@ def self_checks(lm: LM) -> dict[str, float]:
     Raises:
         ModelError: one of them is larger than rounding allows.
     """
-    if lm.model not in _done or _done[lm.model][0] != lm.weight_hash:
-        with torch.no_grad():
+    base = base_of(lm)  # what an edit changes, or puts beside the weights, is no matter of the model's shape
+    if lm.model not in _done or _done[lm.model][0] != base:
+        with unedited(lm), torch.no_grad():
             errors = _errors(lm)
         tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(lm.dtype, 5e-2)  # norms and softmax stay in float32
         wrong = ", ".join(f"{name}: {error:.1e}" for name, error in errors.items() if not error <= tolerance)
@@ -49,7 +51,7 @@ def self_checks(lm: LM) -> dict[str, float]:
                 f"{lm.name} does not add up as a {lm.layout.family} should ({wrong}; expected below {tolerance:.0e}). "
                 "Its blocks differ from the family's layout, so it cannot be traced."
             )
-        _done[lm.model] = lm.weight_hash, errors
+        _done[lm.model] = base, errors
     return _done[lm.model][1]
 
 

@@ -366,16 +366,19 @@ def run_analysis(
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
-    """Runs an analysis: its table, its figure, and what it found in words. Facts as for `locate`; default: 20 bundled ones."""
+    """Runs an analysis: its table, its figure, and what it found in words.
+
+    Facts as for `locate`; with none named, 20 bundled ones (or as many as --limit says), spread over all relations.
+    """
     with one_sentence():
         from analyses.catalogue import analysis_named
 
         check_writable(out)
         options, formats = read_form(name, analysis_named(name).form, settings), read_formats(figures)
-        if prompt or fact or facts or every > 1 or limit is not None:
+        if prompt or fact or facts or every > 1:
             chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
         else:
-            chosen = spread(bundled_facts(model), 20)
+            chosen = spread(bundled_facts(model), limit or 20)
         chosen = [dataclasses.replace(one, target_new=target) for one in chosen] if target else chosen
         run_and_write(name, options, chosen, out, model=model, device=device, dtype=dtype, formats=formats)
 

@@ -240,6 +240,8 @@ def _samples(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 
 
 def _window(options: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    if options["window"] is None:
+        return ""
     rule = (
         f" (even windows as in {options['window_rule']})"
         if options["window"] % 2 == 0 and "window_rule" in options

@@ -33,6 +33,9 @@ class Store:
     bundled: Path | None = None
     """A second folder that is only looked into: the examples that come with the package."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # a text does as well
+
     def find(self, run: Mapping[str, Any], kind: type[R]) -> R | None:
         """The stored result of the question that a manifest asks, or None; an incomplete one counts as none."""
         return self.get(question_key(run), kind)

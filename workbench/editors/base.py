@@ -97,7 +97,8 @@ class Editor(ABC):
         kept = tuple(side for side in after.sides if type(side) not in kinds)
         if after.changes or kept:
             return replace(after, sides=kept) + own
-        return replace(own, state=joined(after.state, own.state), facts=(*after.facts, *own.facts))
+        told = {**own.run, "parts": [*after.parts, *own.parts]}
+        return replace(own, state=joined(after.state, own.state), facts=(*after.facts, *own.facts), run=told)
 
     @classmethod
     def fitted(cls, lm: LM | None, **options: Any) -> Self:

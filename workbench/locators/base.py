@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from workbench.checks import self_checks
+from workbench.edits import edits_on
 from workbench.facts import Fact, FactError, distinct_facts
 from workbench.hooks import is_patched
 from workbench.models import LM
@@ -144,6 +145,10 @@ def locate(
     facts = distinct_facts(facts, to="locate")
     if store is not None and is_patched():
         raise FactError("A patched model's results would be kept as the model's own. Use no store inside of patched().")
+    if store is not None and any(edit.sides for edit in edits_on(lm)):
+        raise FactError(
+            "An edit stands beside the weights, and what is found would be kept as the model's own. Use no store inside of it."
+        )
     lm.model.eval()
     self_checks(lm)
     locator = locator.resolved(lm, facts)
