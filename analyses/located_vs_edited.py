@@ -479,7 +479,7 @@ def _overlay(profiles: pd.DataFrame, run: Any, *, title: str) -> LinePlot:
         rows = rows.assign(low=ends[0], high=ends[1])
     band = run.get("planted")
     return LinePlot(
-        rows=rows, y_title="Share of mass: located (up), edited (down)", title=title,
+        rows=rows, y_title="Share of mass: located (up), edited (down)", title=title, mirrored=True,
         shade=range(band[0], band[-1] + 1) if band else None,
     )  # fmt: skip
 

@@ -212,7 +212,7 @@ def test_the_chart_has_every_module_by_layer(tmp_path: Path) -> None:
     found = diff_checkpoints(base, edited)
     drawn = module.chart(found).plots[0]
     assert isinstance(drawn, CellPlot)
-    assert list(drawn.values.columns) == list(range(lm.n_layers))
+    assert [int(layer) for layer in drawn.values.columns] == list(range(lm.n_layers))
     assert (drawn.values.drop(index="mlp.c_proj") == 0).all(axis=None)
     weight, bias = (lm.model.get_parameter(name.replace("weight", what)).detach() for what in ("weight", "bias"))
     delta = edit.changes[name]

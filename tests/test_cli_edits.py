@@ -98,7 +98,16 @@ def test_analyses_are_listed_and_run_on_facts_of_a_file(tmp_path: Path) -> None:
     assert "--set editors=" in call("analyses", "weight_change").output
     facts = [{"id": "one", "subject": FACT.subject, "prompt": FACT.prompt, "target_new": FACT.target_new}]
     (tmp_path / "facts.json").write_text(json.dumps(facts))
-    asked = ["run", "weight_change", "--model", TINY, "--facts", tmp_path / "facts.json", "--set", "editors=FineTune"]
+    asked: list[str | Path] = [
+        "run",
+        "weight_change",
+        "--model",
+        TINY,
+        "--facts",
+        tmp_path / "facts.json",
+        "--set",
+        "editors=FineTune",
+    ]
     ran = call(*asked, "--out", tmp_path / "out", "--figures", "svg")
     assert ran.exit_code == 0, ran.output
     found = Result.load(tmp_path / "out" / "weight_change")

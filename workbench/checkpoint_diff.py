@@ -103,9 +103,9 @@ def diff_checkpoints(base: Path | str, edited: Path | str, *, seed: int = 0) -> 
 
     Returns:
         One row a tensor in the base's order: `tensor`, `layer` (0-based, -1 outside of the blocks), `module`, `shape`, `changed`,
-        `norm`, `base_norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best 32
-        directions), `rank` (where those hold all of it, else missing), `stable_rank`, `top_rows` and `top_columns` (share of |dW|^2
-        in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The manifest has
+        `norm`, `base_norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best
+        32 directions), `rank` (where those hold all of it, else missing), `stable_rank`, `top_rows` and `top_columns` (share of
+        |dW|^2 in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The manifest has
         `verdict`, and `only_base` and `only_edited`: tensors without a counterpart.
 
     Raises:
@@ -214,7 +214,8 @@ def _row(first: Checkpoint, second: Checkpoint, name: str, other: str, seed: int
     found = re.search(r"\.(\d+)\.(.+?)(\.\w+)?$", f".{name}")
     row = {
         "tensor": name, "layer": int(found[1]) if found else -1, "module": found[2] if found else name, "shape": list(shape),
-        "changed": change > 0, "norm": change**0.5, "base_norm": old**0.5, "relative": (change / old) ** 0.5 if old else float("nan"), "largest": largest,
+        "changed": change > 0,
+        "norm": change**0.5, "base_norm": old**0.5, "relative": (change / old) ** 0.5 if old else float("nan"), "largest": largest,
         "cosine": inner / (old * new) ** 0.5 if old and new else float("nan"), "sketch": float("nan"), "rank": None,
         "stable_rank": float("nan"), "top_rows": float("nan"), "top_columns": float("nan"),
     }  # fmt: skip
