@@ -339,8 +339,13 @@ def run_and_write(
     result.save(out / name)
     write_file(out / f"{name}.csv", export.csv_bytes(result))
     chart = analysis.chart(result)
-    for form in formats:
-        write_file(out / f"{name}.{form}", export.figure_bytes(charts_paper.draw(chart, run=result.run), form))
+    figures = {name: chart}
+    if len(chart.plots) > 1:
+        told = {"title": chart.title, "caption": chart.caption}
+        figures |= {f"{name}-{i + 1}": dataclasses.replace(chart.alone(i), **told) for i in range(len(chart.plots))}
+    for stem, figure in figures.items():
+        for form in formats:
+            write_file(out / f"{stem}.{form}", export.figure_bytes(charts_paper.draw(figure, run=result.run), form))
     typer.echo(analysis.summary(result))
     for what, why in result.run.get("left_out", {}).items():
         typer.echo(f"left out: {what}: {why}", err=True)
