@@ -341,8 +341,10 @@ def run_and_write(
     chart = analysis.chart(result)
     figures = {name: chart}
     if len(chart.plots) > 1:
-        told = {"title": chart.title, "caption": chart.caption}
-        figures |= {f"{name}-{i + 1}": dataclasses.replace(chart.alone(i), **told) for i in range(len(chart.plots))}
+        figures |= {
+            f"{name}-{i + 1}": dataclasses.replace(chart.alone(i), title=chart.title, caption=chart.caption)
+            for i in range(len(chart.plots))
+        }
     for stem, figure in figures.items():
         for form in formats:
             write_file(out / f"{stem}.{form}", export.figure_bytes(charts_paper.draw(figure, run=result.run), form))
