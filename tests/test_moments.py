@@ -374,3 +374,19 @@ def test_a_file_of_another_model_is_refused(gpt2: LM, tmp_path: Path) -> None:
             read_rome_npz(tmp_path / name, gpt2, 1)
     with pytest.raises(ModelError, match="Layer 4"):
         read_rome_npz(tmp_path / "a.npz", gpt2, 4)
+
+
+def test_published_statistics_serve_as_a_corpus(gpt2: LM, tmp_path: Path) -> None:
+    own = second_moments(gpt2, [1, 2], corpus="bundled", tokens=200, folder=tmp_path / "moments")
+    for layer in (1, 2):
+        arrays: dict[str, Any] = {"mom2.mom2": own.matrix(layer).numpy() * own.n, "mom2.count": own.n}
+        np.savez(tmp_path / f"layer-{layer}_mom2.npz", **arrays)
+    found = second_moments(gpt2, [1, 2], corpus=str(tmp_path / "layer-{}_mom2.npz"))
+    assert found.n == own.n
+    for layer in (1, 2):
+        torch.testing.assert_close(found.matrix(layer), own.matrix(layer))
+    assert second_moments(gpt2, [2], corpus=str(tmp_path / "layer-2_mom2.npz")).layers == (2,)
+    with pytest.raises(MomentsError, match=r"Write \{\} in the place"):
+        second_moments(gpt2, [1, 2], corpus=str(tmp_path / "layer-2_mom2.npz"))
+    with pytest.raises(MomentsError, match="holds no second moment"):
+        second_moments(gpt2, [3], corpus=str(tmp_path / "layer-{}_mom2.npz"))

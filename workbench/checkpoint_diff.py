@@ -105,8 +105,8 @@ def diff_checkpoints(base: Path | str, edited: Path | str, *, seed: int = 0) -> 
         One row a tensor in the base's order: `tensor`, `layer` (0-based, -1 outside of the blocks), `module`, `shape`, `changed`,
         `norm`, `base_norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best
         32 directions), `rank` (where those hold all of it, else missing), `stable_rank`, `top_rows` and `top_columns` (share of
-        |dW|^2 in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The manifest has
-        `verdict`, and `only_base` and `only_edited`: tensors without a counterpart.
+        |dW|^2 in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The
+        manifest has `verdict`, and `only_base` and `only_edited`: tensors without a counterpart.
 
     Raises:
         DiffError: nothing to compare: no weights, other shapes, or no name in common.

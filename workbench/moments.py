@@ -131,7 +131,8 @@ def second_moments(
         lm: the model, as it is now: within `edit.on(lm)` the edited one.
         layers: which (0-based).
         corpus: `bundled`, the path of a .txt, .jsonl or .parquet file, or `datasets:NAME[:CONFIG]`; see `workbench.data.texts`.
-            Empty means `bundled` for a bundled model.
+            Empty means `bundled` for a bundled model. Or statistics that ROME or MEMIT published: the path of their .npz files,
+            `{}` in the place of the layer's number; then `tokens`, `folder` and `dtype` are of no matter.
         tokens: over how many keys; fewer, with a warning, where the text ends before.
         folder: where the files are; `moments` in the folder of results by default.
         dtype: in which they are summed and kept. Float32 halves memory and files.
@@ -151,6 +152,8 @@ def second_moments(
         raise MomentsError("Inside of patched() the model's keys are not its own. Compute the moments outside.")
     if lm.model.training:
         raise MomentsError("The model is in training mode, so its keys are random. Call lm.model.eval() first.")
+    if corpus.endswith(".npz"):
+        return _published(lm, wanted, corpus)
     texts = _texts(lm, corpus)
     with reading(lm.model):  # no other thread edits the model between two batches
         question = _question(lm, texts, tokens=tokens, dtype=dtype)
@@ -203,6 +206,17 @@ def read_rome_npz(path: Path | str, lm: LM, layer: int) -> Moments:
         )
     mean = total.double().div_(count)
     return Moments(matrices={layer: (mean + mean.T).div_(2)}, n=count, source=path.name, weight_hash="")
+
+
+def _published(lm: LM, layers: Sequence[int], path: str) -> Moments:
+    """What ROME's files say of some layers."""
+    if "{}" not in path and len(layers) > 1:
+        raise MomentsError(
+            f"{path!r} names one file for layers {layers}. Write {{}} in the place of the layer's number."
+        )
+    found = [read_rome_npz(path.replace("{}", str(layer)), lm, layer) for layer in layers]
+    matrices = {layer: one.matrices[layer] for layer, one in zip(layers, found, strict=True)}
+    return Moments(matrices=matrices, n=min(one.n for one in found), source=Path(path).name, weight_hash="")
 
 
 # --- what is asked ---

@@ -78,7 +78,8 @@ class ValueEditor(Editor):
     """Tokens of text that the second moment is taken of; the papers take 100,000 documents of Wikipedia."""
 
     corpus: str = ""
-    """The text for it: a .txt, .jsonl or .parquet file, `datasets:NAME`, or `bundled`; empty: the bundled models' own."""
+    """The text for it: a .txt, .jsonl or .parquet file, `datasets:NAME`, or `bundled`; empty: the bundled models' own. Or ROME's
+    published statistics, an .npz file with {} in the place of the layer's number."""
 
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """This editor with its layers fixed."""
