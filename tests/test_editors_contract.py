@@ -227,3 +227,9 @@ def test_facts_that_cannot_be_edited_are_refused(name: str) -> None:
     ):
         with pytest.raises(FactError, match=why):
             editor(lm, facts)
+
+
+def test_where_there_are_no_gradients_no_edit_is_made(name: str) -> None:
+    lm, editor = tiny_lm("llama"), small(name)
+    with torch.inference_mode(), pytest.raises(EditError, match="no gradients"):
+        editor(lm, [FACT])

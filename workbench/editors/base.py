@@ -70,6 +70,8 @@ class Editor(ABC):
         facts = _checked(lm, facts)
         if is_patched() and not edits_on(lm):
             raise EditError("Inside of patched() the model is not itself. Edit it outside.")
+        if torch.is_inference_mode_enabled():
+            raise EditError("Inside of torch.inference_mode() there are no gradients to edit by. Edit outside of it.")
         lm.model.eval()
         checks = self_checks(lm) if not edits_on(lm) else {}
         with ExitStack() as stack:
