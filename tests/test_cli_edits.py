@@ -92,6 +92,23 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_folders_that_cannot_be_made_are_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.loading.load", None)
+    (tmp_path / "file").write_text("mine")
+    for folders, says in (
+        (["--out", tmp_path / "file"], "is a file"),
+        (["--out", tmp_path / "file" / "new"], "cannot be made"),
+        (["--out", tmp_path / ("x" * 300)], "cannot be made"),
+        (["--out", tmp_path / "new", "--merge", tmp_path / "file"], "is a file"),
+        (["--out", tmp_path / "new", "--merge", tmp_path / "new"], "into each other"),
+        (["--out", tmp_path / "new" / "edit", "--merge", tmp_path / "new"], "into each other"),
+    ):
+        ran = call("edit", "Rome", "--model", TINY, "--fact", FACT.id, *folders)
+        assert ran.exit_code == 2, ran.output
+        assert says in ran.output
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_analyses_are_listed_and_run_on_facts_of_a_file(tmp_path: Path) -> None:
     printed = call("analyses").output
     assert all(name in printed for name in all_analyses())

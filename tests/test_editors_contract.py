@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.examples import EIFFEL, FACTS, JOBS, SAID, fresh_lm, tiny_lm
 from workbench import zoo
 from workbench.editors import Editor, all_editors, edit_stream
 from workbench.edits import Edit, EditError, Introducing, LowRank, edits_on
+from workbench.errors import InputError
 from workbench.facts import Fact, FactError
 from workbench.hooks import run
 from workbench.layouts import ModelError
@@ -216,6 +218,16 @@ def test_layers_that_are_not_there_are_refused(name: str, layers: tuple[int, ...
         pytest.skip("it names no layers")
     with pytest.raises((ModelError, FactError, EditError)):
         replace(small(name), layers=layers)(tiny_lm("llama"), [FACT])  # type: ignore[call-arg]
+
+
+def test_numbers_that_mean_nothing_are_refused_before_any_work(name: str) -> None:
+    hints = get_type_hints(EDITORS[name])
+    asked = {"learning_rate": (0.0, -1.0), "steps": (0, -1), "n_iter": (0,), "moment_tokens": (0,), "seed": (-1, 2**64)}
+    bad = {one: asked.get(one, ()) + (math.nan, math.inf) * (hints[one] in (float, float | None)) for one in hints}
+    for field in fields(EDITORS[name]):
+        for value in bad[field.name]:
+            with pytest.raises(InputError, match=rf"^.*{field.name}\b.*expected|steps were asked for, expected"):
+                EDITORS[name](**{field.name: value})
 
 
 def test_facts_that_cannot_be_edited_are_refused(name: str) -> None:

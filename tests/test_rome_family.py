@@ -29,6 +29,7 @@ from workbench.editors.rome import Rome
 from workbench.edits import Edit, EditError, LowRank
 from workbench.facts import Fact
 from workbench.hooks import run
+from workbench.layouts import ModelError
 from workbench.models import LM
 from workbench.moments import second_moments
 
@@ -215,6 +216,8 @@ def test_prefixes_are_the_models_own_words_and_the_same_for_a_seed() -> None:
     assert write_prefixes(lm, (8,), seed=1) != write_prefixes(lm, (8,), seed=2)
     assert all(prefix.endswith(". ") and "{" not in prefix for prefix in write_prefixes(lm, (6,) * 5, seed=0))
     assert write_prefixes(lm, (), seed=0) == ()
+    with pytest.raises(ModelError, match="positions"):
+        write_prefixes(lm, (100_000,), seed=0)
 
 
 def test_what_cannot_be_inverted_is_told_with_its_condition_number() -> None:

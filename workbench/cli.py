@@ -11,6 +11,7 @@ import typer
 from workbench import zoo
 from workbench.cli_parts import (
     bundled_facts,
+    check_new_folders,
     check_writable,
     checkpoint_of,
     choose_facts,
@@ -226,9 +227,7 @@ def edit_facts(
         editor = editor_named(method)
         options = read_settings(editor, settings)
         editor(**options)
-        for folder in (out, merge):
-            if folder is not None and folder.exists() and any(folder.iterdir()):
-                raise InputError(f"{str(folder)!r} is there already and not empty. Name a new folder.")
+        check_new_folders([out] if merge is None else [out, merge])
         chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
         chosen = [dataclasses.replace(one, target_new=target) for one in chosen] if target else chosen
         edit_and_write(

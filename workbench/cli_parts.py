@@ -321,6 +321,26 @@ def check_writable(folder: Path) -> None:
         pass
 
 
+def check_new_folders(folders: Sequence[Path]) -> None:
+    """Raises InputError where these cannot all be made, each new or empty, before any work."""
+    for i, folder in enumerate(folders):
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{str(folder)!r} is a file. Name a new folder.")
+            if folder.exists() and any(folder.iterdir()):
+                raise InputError(f"{str(folder)!r} is there already and not empty. Name a new folder.")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-"):
+                pass
+        except OSError as error:
+            raise InputError(f"{str(folder)[:200]!r} cannot be made: {error.strerror}. Name another folder.") from error
+        for other in folders[:i]:
+            if folder.resolve() in (other.resolve(), *other.resolve().parents):
+                raise InputError(
+                    f"{str(other)!r} and {str(folder)!r} would be written into each other. Name two folders."
+                )
+
+
 def run_and_write(
     name: str, options: Mapping[str, Any], facts: Sequence[Fact], out: Path, *,
     model: str, device: str, dtype: str, formats: Sequence[str],

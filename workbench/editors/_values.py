@@ -22,7 +22,7 @@ from typing_extensions import Self
 from workbench.editors.base import Editor
 from workbench.editors.recommending import recommend_layers
 from workbench.edits import Change, Edit, EditError, LowRank, base_of, unedited
-from workbench.facts import Fact
+from workbench.facts import Fact, FactError
 from workbench.generation import continue_tokens
 from workbench.hooks import beside, run
 from workbench.layouts import ModelError
@@ -80,6 +80,20 @@ class ValueEditor(Editor):
     corpus: str = ""
     """The text for it: a .txt, .jsonl or .parquet file, `datasets:NAME`, or `bundled`; empty: the bundled models' own. Or ROME's
     published statistics, an .npz file with {} in the place of the layer's number."""
+
+    def __post_init__(self) -> None:
+        Editor.__post_init__(self)
+        for name in ("steps", "moment_tokens"):
+            if getattr(self, name) < 1:
+                raise FactError(f"{name} is {getattr(self, name)}, expected 1 or more.")
+        for name in ("learning_rate", "clamp"):
+            if getattr(self, name) <= 0:
+                raise FactError(f"{name} is {getattr(self, name)}, expected more than 0.")
+        for name in ("weight_decay", "kl_factor", "ridge", "slack"):  # the last two in subclasses
+            if getattr(self, name, 0) < 0:
+                raise FactError(f"{name} is {getattr(self, name)}, expected 0 or more.")
+        if any(length < 1 for length in self.prefix_lengths):
+            raise FactError(f"prefix_lengths is {self.prefix_lengths}, expected lengths of 1 or more.")
 
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """This editor with its layers fixed."""
@@ -161,6 +175,11 @@ def write_prefixes(lm: LM, lengths: Sequence[int], *, seed: int) -> tuple[str, .
     start = lm.tokenizer.bos_token_id if lm.tokenizer.bos_token_id is not None else lm.tokenizer.eos_token_id
     if not lengths or start is None:
         return ()
+    if lm.n_positions is not None and max(lengths) >= lm.n_positions:
+        raise ModelError(
+            f"A text of {max(lengths)} tokens before the prompt was asked for, but {lm.name} has {lm.n_positions} positions. "
+            "Take shorter ones."
+        )
     ids = torch.full((len(lengths), 1), int(start), device=lm.device)
     tokens = Tokens(
         ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), lengths=(1,) * len(ids), spans=(None,) * len(ids),

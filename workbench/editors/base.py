@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,11 @@ class Editor(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, value in ((one.name, getattr(self, one.name)) for one in fields(self)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FactError(f"{name} is {value}, expected a finite number.")
+            if name == "seed" and not 0 <= value < 2**32:
+                raise FactError(f"seed is {value}, expected 0 to {2**32 - 1}.")
 
     def __call__(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None = None) -> Edit:
         """The change that makes the model answer every fact's prompt with its `target_new`, all facts as one batch.
@@ -167,5 +173,5 @@ def _check_effect(lm: LM, edit: Edit) -> None:
                 return
     raise EditError(
         f"The edit changes no weight in {lm.protocol['dtype']}: the model says the new answer already, or the steps are too small. "
-        " Take another target, more steps, or load the model in float32."
+        "Take another target, more steps, or load the model in float32."
     )

@@ -111,6 +111,9 @@ class Mend(Editor):
         for name, least in (("steps", 1), ("batch", 1), ("rank", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise FactError(f"{name} is {getattr(self, name)}, expected {least} or more.")
+        for name in ("learning_rate", "rates_learning_rate", "edit_rate"):
+            if getattr(self, name) <= 0:
+                raise FactError(f"{name} is {getattr(self, name)}, expected more than 0.")
 
     def resolved(self, lm: LM, facts: Sequence[Fact]) -> Self:
         """With the layers named."""
