@@ -557,7 +557,7 @@ def chart(result: Result) -> Chart:
         columns=2,
         caption=(
             f"{n} facts edited at every layer (0-based) of {result.run['model']}; the trace is {locator}'s. Bands: 95 % bootstrap "
-            "over facts. With this few facts both has R^2 above layer alone by chance; the table `r2` says by how much."
+            "over facts. With this few facts both has R^2 above layer alone by chance; the table of R^2 says by how much."
         ),
     )
 

@@ -327,8 +327,14 @@ def summary(result: Result) -> str:
     table, interference = result.table.sort_values("kurtosis"), result.extras["interference"]
     least, *_, most = [dict(row) for row in table.to_dict("records") * 2]
     told = [
-        "in layer {layer} ({kurtosis:.1f}, 95 % {low:.1f} to {high:.1f})".format(**one) for one in (most, least)
-    ]  # fmt: skip
+        "in layer {layer} ({kurtosis:.1f}, ".format(**one)
+        + (
+            "95 % {low:.1f} to {high:.1f})".format(**one)
+            if np.isfinite(one["low"])
+            else "too few facts for an interval)"
+        )
+        for one in (most, least)
+    ]
     lines = [
         f"Kurtosis of P over {most['n']} pairs of different subjects: largest {told[0]}, smallest {told[1]}; layers from 0.",
         f"Mean |cosine| of two keys over the layers: {table['cosine'].mean():.3f}, whitened {table['whitened'].mean():.3f}.",

@@ -45,6 +45,9 @@ NAMED: Mapping[str, tuple[str, str]] = {
 NARROW = 8
 """Columns of a matrix that has room beside another one."""
 
+MOST_LINES, TALL = 16, 380
+"""A summary of more lines scrolls, in a box of this height in pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -209,6 +212,7 @@ def choose_facts(model: str, *, n: int, typed: bool = True) -> tuple[tuple[Fact,
         value=min(n, len(known)),
         step=1,
         key=f"n-{n}",
+        bind="query-params",
         help="Evenly spread over the list, and so over its relations. More facts take longer and give narrower intervals.",
     )
     every = len(known) // int(count)
@@ -287,7 +291,7 @@ def _ask(field: FormField, widget: FormField) -> Any:
     shared: dict[str, Any] = dict(key=widget.name, bind="query-params", help=_sentence(field.help))
     if field.name in NAMED and field.type == "texts":
         known = list(methods_of(*NAMED[field.name]))
-        return tuple(st.multiselect(field.label, known, default=list(field.default), **shared))
+        return tuple(st.multiselect(field.label, known, default=list(field.default), wrap=True, **shared))
     if field.type in ("integer", "number"):
         whole = field.type == "integer"
         value = st.number_input(
@@ -456,7 +460,8 @@ def show_words(text: str) -> None:
     first, _, rest = text.strip().partition("\n")
     st.markdown(f"**{parts.plain(first)}**")
     if rest.strip():
-        st.code(rest, language=None, wrap_lines=True)
+        is_long = rest.count("\n") > MOST_LINES
+        st.code(rest, language=None, wrap_lines=True, height=TALL if is_long else "content")
 
 
 def show_left_out(result: Result) -> None:
