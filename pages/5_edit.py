@@ -329,7 +329,9 @@ def show_list(lm: LM | None, on: List, waiting: List) -> None:
             show_load(lm)
     here = [one for one in edits() if lm is not None and one.edit.base == lm.weight_hash]
     if not here:
-        st.caption("None yet. Edits stay here until the tab is closed; they can be stacked, taken off, and saved.")
+        st.caption(
+            "None yet. Edits stay here until the page is loaded anew; they can be stacked, taken off, and saved."
+        )
     stands = {one.key: n + 1 for n, one in enumerate(on)}
     for one in here:
         st.session_state[f"on-{one.key}"] = one.applied
@@ -692,7 +694,7 @@ def show_files(choice: ModelChoice, one: Kept, on: List) -> None:
             icon=":material/download:", help="The change as safetensors, the rest as JSON; Load reads it again.",
         )  # fmt: skip
         with st.popover("Save", icon=":material/save:"):
-            st.caption(f"Into a new folder of `{parts.plain(str(saved_folder()))}`; Load lists it.")
+            st.caption(f"Into a new folder of `{saved_folder()}`; Load lists it.")
             st.text_input("Folder", key="save-as", placeholder=file_stem(one))
             st.button("Save", key="save", on_click=save, args=(one,))
             show_outcome(f"save {one.key}")
@@ -705,7 +707,7 @@ def show_export(choice: ModelChoice, on: List) -> None:
     base = results_folder() / "checkpoints"
     st.caption(
         f"The model with {count(len(on), 'applied edit')}, as a folder that from\\_pretrained loads; "
-        f"it goes to `{parts.plain(str(base))}`."
+        f"it goes to `{base}`."
     )
     st.text_input("New folder", key="export-as", placeholder="my-edited-model")
     st.button("Export", key="export", disabled=not on, on_click=export, args=(choice, on))

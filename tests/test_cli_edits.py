@@ -95,14 +95,15 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> Non
 def test_folders_that_cannot_be_made_are_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workbench.loading.load", None)
     (tmp_path / "file").write_text("mine")
-    for folders, says in (
+    cases: list[tuple[list[str | Path], str]] = [
         (["--out", tmp_path / "file"], "is a file"),
         (["--out", tmp_path / "file" / "new"], "cannot be made"),
         (["--out", tmp_path / ("x" * 300)], "cannot be made"),
         (["--out", tmp_path / "new", "--merge", tmp_path / "file"], "is a file"),
         (["--out", tmp_path / "new", "--merge", tmp_path / "new"], "into each other"),
         (["--out", tmp_path / "new" / "edit", "--merge", tmp_path / "new"], "into each other"),
-    ):
+    ]
+    for folders, says in cases:
         ran = call("edit", "Rome", "--model", TINY, "--fact", FACT.id, *folders)
         assert ran.exit_code == 2, ran.output
         assert says in ran.output

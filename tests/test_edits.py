@@ -374,6 +374,26 @@ def test_a_damaged_file_is_told_in_a_sentence(tmp_path: Path) -> None:
         Edit.load(tmp_path / "nowhere")
 
 
+def test_what_was_altered_since_it_was_saved_is_not_believed(tmp_path: Path) -> None:
+    lm = tiny_lm("gpt2")
+    edit = replace(
+        edit_of(lm, matrices(lm)[2]), facts=(SAID,), run={"curve": (0.5, float("nan")), "at": tmp_path, "none": None}
+    )
+    folder = edit.save(tmp_path / "edit")
+    assert Edit.load(folder).key == edit.key
+    text, tensors = folder / "edit.json", folder / "edit.safetensors"
+    written, whole = text.read_text(), tensors.read_bytes()
+    for old, new in (("Eiffel", "Awful"), ("0.5", "0.75"), (edit.base, "0" * 16)):
+        assert old in written
+        text.write_text(written.replace(old, new))
+        with pytest.raises(EditError, match="was altered"):
+            Edit.load(folder)
+    text.write_text(written)
+    tensors.write_bytes(whole[:-3] + bytes([whole[-3] ^ 64]) + whole[-2:])
+    with pytest.raises(EditError, match="was altered"):
+        Edit.load(folder)
+
+
 def test_a_merged_checkpoint_gives_the_same_logits(tmp_path: Path, family: str) -> None:
     lm = tiny_lm(family)
     edit = edit_of(lm, f"{lm.layout.blocks}.1.{lm.layout.down_proj}.weight", rank=1)

@@ -291,6 +291,7 @@ class Edit:
                 "facts": [record(fact) for fact in self.facts],
                 "run": dict(self.run),
             }
+            text["digest"] = _digest(self, text)
             (new / "edit.json").write_text(json.dumps(text, indent=1, ensure_ascii=False, default=str) + "\n")
             if folder.is_dir():
                 folder.replace(Path(temporary) / "old")
@@ -302,7 +303,7 @@ class Edit:
         """Reads what `save` wrote. It is checked against a model when it is applied.
 
         Raises:
-            EditError: the folder holds no complete edit.
+            EditError: the folder holds no complete edit, or not what was saved.
         """
         folder = Path(folder)
         try:
@@ -311,7 +312,12 @@ class Edit:
             if described["format"] != FORMAT:
                 raise EditError(f"{str(folder)!r} was written in format {described['format']}, expected {FORMAT}.")
             known = discover("workbench.editors", Side) if described["sides"] else {}
-            return cls(**_put_together(described, tensors, known))
+            edit = cls(**_put_together(described, tensors, known))
+            if described.pop("digest", None) not in (None, _digest(edit, described)):
+                raise EditError(
+                    f"{str(folder)!r} is not what was saved: edit.json or edit.safetensors was altered. Make the edit again."
+                )
+            return edit
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             if isinstance(error, EditError):
                 raise
@@ -446,6 +452,13 @@ def _taken_apart(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
             {"class": type(side).__name__, **{name: v for name, v in values.items() if not isinstance(v, Tensor)}}
         )
     return tensors, {"base": edit.base, "after": list(edit.after), "sides": sides}
+
+
+def _digest(edit: Edit, text: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of all that is written of an edit."""
+    plain = json.loads(json.dumps(text, default=str))
+    written = f"{edit.key} {json.dumps(plain, sort_keys=True)}"
+    return hashlib.blake2b(written.encode(), digest_size=8).hexdigest()
 
 
 def _put_together(
