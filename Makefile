@@ -3,6 +3,7 @@
 # make lint    only the checks that run no code
 # make format  let ruff rewrite what it can
 # make figures make the figures of the README and the stored examples of the app
+# make findings  run every analysis on 20 facts of organism-mid and make the figures of docs/findings.md (half an hour)
 # make benchmark  time the sweep against other tools; ARGS="--shapes gpt2-medium --rounds 3" says on what
 # make clean   remove what the above made
 #
@@ -25,7 +26,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help app test lint format figures benchmark clean
+.PHONY: help app test lint format figures findings benchmark clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -66,6 +67,15 @@ figures: $(STAMP)
 	$(BIN)/workbench compare --model organism-mid --every 175 --figures png --out results/compare
 	cp results/compare/compare.png docs/figures/
 	$(BIN)/python -m workbench.zoo.examples
+
+findings: $(STAMP)
+	mkdir -p docs/figures/findings
+	for name in $$($(BIN)/workbench analyses | cut -d' ' -f1); do \
+		$(BIN)/workbench run $$name --model organism-mid --limit 20 --figures png --out results/findings || exit 1; \
+		cp results/findings/$$name.png docs/figures/findings/; \
+	done
+	$(BIN)/workbench run edit_detection --model organism-mid --limit 100 --figures png --out results/findings
+	cp results/findings/edit_detection.png results/findings/located_vs_edited-1.png docs/figures/findings/
 
 benchmark: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.sweep $(ARGS)
