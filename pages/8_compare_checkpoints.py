@@ -46,8 +46,9 @@ def reader() -> Workshop:
 def compare(base: str, edited: str) -> Result:
     """The comparison of two checkpoints; it imports torch, so it runs in the worker."""
     from workbench.checkpoint_diff import diff_checkpoints
+    from workbench.loading import checkpoint_folder
 
-    return diff_checkpoints(base, edited)
+    return diff_checkpoints(checkpoint_folder(base), checkpoint_folder(edited))
 
 
 def start(base: str, edited: str) -> None:
@@ -62,7 +63,7 @@ def _key(base: str, edited: str) -> str:
 def show_diff() -> None:
     """Two folders, and what differs between them."""
     left, right = st.columns(2, gap="medium")
-    known = "Folder written by save_pretrained, or a model's name on the hub"
+    known = "Folder of a checkpoint, bundled model, or hub name"
     base = (left.text_input("Base", key="base", bind="query-params", placeholder=known) or "").strip()
     edited = (
         right.text_input(

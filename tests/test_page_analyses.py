@@ -97,7 +97,20 @@ def test_two_checkpoints_are_compared(tmp_path: Path, tiny_folder: Path) -> None
     assert "nowhere" in errors(compared(tmp_path / "nowhere", tiny_folder))[0]
 
 
-def compared(base: Path, edited: Path) -> AppTest:
+def test_a_bundled_model_is_compared_by_its_name() -> None:
+    app = compared("organism-tiny", "organism-tiny")
+    assert not errors(app)
+    assert "workbench diff organism-tiny organism-tiny" in codes(app)
+
+
+def test_the_number_of_facts_is_in_the_address() -> None:
+    for asked, shown in (("3", 3), ("999", 10), ("none", 10)):
+        app = settle(open_page("located_vs_edited", model="organism-tiny", **{"n-10": asked}))
+        assert app.number_input(key="n-10").value == shown
+        assert app.button(key="run").label == f"Run on {shown} facts"
+
+
+def compared(base: Path | str, edited: Path | str) -> AppTest:
     """The page once its worker has read two checkpoints."""
     app = open_page("compare_checkpoints", base=base, edited=edited)
     app.button(key="run").click()
