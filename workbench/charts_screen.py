@@ -28,7 +28,7 @@ NARROW = 350
 WIDE = 900
 """Pixels of a page on which plots stand side by side."""
 
-ROOM = 48
+ROOM = 40
 """Letters that fit beside each other into a matrix on such a page."""
 
 _LETTER = 6.6
@@ -128,7 +128,8 @@ def _draw(
         ]
         figure.add_annotation(
             text="<br>".join(lines), x=x[0], xref="paper", xanchor="left", align="left", y=y[1], yref="paper",
-            yanchor="bottom", yshift=16 if _marked(plot) else 3, showarrow=False, font=dict(size=13, color=ink["muted"]),
+            yanchor="bottom", yshift=16 if _marked(plot) else 3, showarrow=False,
+            xshift=-0.8 * _gutter(plot) if isinstance(plot, CellPlot) else 0, font=dict(size=13, color=ink["muted"]),
         )  # fmt: skip
 
 
