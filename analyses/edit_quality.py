@@ -115,13 +115,13 @@ def _of_one(
         with edit.on(lm):
             after = _said(lm, fact)
             scored = {
-                "efficacy": _wins(lm, [fact.text], fact.target_new, fact.target_true),
-                "paraphrase": _wins(lm, fact.paraphrases, fact.target_new, fact.target_true),
-                "said": _says(lm, [fact.text], fact.target_new),
-                "said_paraphrase": _says(lm, fact.paraphrases, fact.target_new),
+                "efficacy": wins(lm, [fact.text], fact.target_new, fact.target_true),
+                "paraphrase": wins(lm, fact.paraphrases, fact.target_new, fact.target_true),
+                "said": says(lm, [fact.text], fact.target_new),
+                "said_paraphrase": says(lm, fact.paraphrases, fact.target_new),
                 "neighborhood": _mean(
                     [
-                        _wins(lm, [p.prompt], p.target, fact.target_new)
+                        wins(lm, [p.prompt], p.target, fact.target_new)
                         for p in fact.neighbors
                         if p.target != fact.target_new
                     ]
@@ -180,7 +180,7 @@ def _forced(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Ten
     return logits[rows, steps].float().cpu(), ids
 
 
-def _wins(lm: LM, prompts: Sequence[str], first: str | None, second: str | None) -> float:
+def wins(lm: LM, prompts: Sequence[str], first: str | None, second: str | None) -> float:
     """How often the first answer is more probable than the second."""
     if not prompts or not first or not second:
         return float("nan")
@@ -189,7 +189,7 @@ def _wins(lm: LM, prompts: Sequence[str], first: str | None, second: str | None)
     return float((found[:n] > found[n:]).float().mean())
 
 
-def _says(lm: LM, prompts: Sequence[str], answer: str | None) -> float:
+def says(lm: LM, prompts: Sequence[str], answer: str | None) -> float:
     """How often all tokens of the answer are the most probable ones."""
     if not prompts or not answer:
         return float("nan")

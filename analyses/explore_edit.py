@@ -171,9 +171,9 @@ def checked(lm: LM, question: EditQuestion) -> Editor:
 
 
 def _refuse_known(lm: LM, fact: Fact) -> None:
-    from analyses.edit_quality import _says
+    from analyses.edit_quality import says
 
-    if _says(lm, [fact.text], fact.target_new) == 1:
+    if says(lm, [fact.text], fact.target_new) == 1:
         raise FactError(f"The model says {fact.target_new!r} after {fact.text!r} already. Name another answer.")
 
 
@@ -298,7 +298,7 @@ def _other_answers(fact: Fact) -> list[tuple[str, str]]:
 
 def _measured(lm: LM, fact: Fact, what: str) -> tuple[Saying, list[str], dict[str, float]]:
     """What a model says to the prompt, its next token after every prompt, and the measures between two answers."""
-    from analyses.edit_quality import _wins, log_p
+    from analyses.edit_quality import log_p, wins
     from workbench.generation import continue_prompts
     from workbench.hooks import run
     from workbench.metrics import top_tokens
@@ -313,8 +313,8 @@ def _measured(lm: LM, fact: Fact, what: str) -> tuple[Saying, list[str], dict[st
     next(steps)
     new, old = fact.target_new, fact.target_true
     measures = {
-        "efficacy": _wins(lm, [fact.text], new, old),
-        "paraphrase": _wins(lm, fact.paraphrases, new, old),
+        "efficacy": wins(lm, [fact.text], new, old),
+        "paraphrase": wins(lm, fact.paraphrases, new, old),
         "neighborhood": float("nan"),
     }
     if new and (others := _other_answers(fact)):

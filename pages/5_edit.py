@@ -477,6 +477,12 @@ def show_view(found: View | None, seen: Look | None, fact: Fact, on: List) -> No
             st.caption("No edit is applied." if edits() else "Press Edit, and the edited model answers here.")
     if found is None or not on:
         return
+    if not found.after.text.strip().startswith((fact.target_new or "").strip()):
+        st.warning(
+            f"After the prompt the edited model does not say “{parts.plain((fact.target_new or '').strip())}”. "
+            "Take more steps, other layers or another editor, or an answer that the model knows.",
+            icon=":material/error:",
+        )
     columns = st.columns(max(len(found.counts), 1))
     for column, row in zip(columns, found.counts.to_dict("records"), strict=False):
         column.metric(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ def test_models_lists_what_is_bundled() -> None:
     for name in zoo.NAMES:
         assert name in printed
     assert "llama" in printed
+
+
+def test_the_package_is_the_command_line() -> None:
+    ran = subprocess.run([sys.executable, "-m", "workbench", "models"], capture_output=True, text=True, check=True)
+    assert ran.stdout == call("models").output
 
 
 def test_facts_can_be_searched() -> None:

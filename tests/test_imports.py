@@ -83,7 +83,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.zoo.*",  # the scripts that train and verify the bundled models
     ),
     5: ("analyses", "workbench.cli_parts"),
-    6: ("pages", "streamlit_app", "workbench.cli"),
+    6: ("pages", "streamlit_app", "workbench.__main__", "workbench.cli"),
 }
 """A name stands for a module, or for a package with everything inside; `name.*` for everything inside alone.
 
