@@ -38,7 +38,7 @@ def trace_all(lm: LM, *, facts: Sequence[Fact], options: Mapping[str, Any], know
     from analyses.average_trace import average_trace
     from workbench.locators.causal_trace import CausalTrace
 
-    return average_trace(lm, facts, trace=CausalTrace(**options), store=parts.store(), known_only=known_only)
+    return average_trace(lm, facts, trace=CausalTrace.fitted(lm, **options), store=parts.store(), known_only=known_only)
 
 
 def show_average() -> None:
@@ -47,7 +47,9 @@ def show_average() -> None:
     with left:
         choice = analysis.choose_model()
         with st.popover("Options", icon=":material/tune:"), st.grid(min_column_width=220, width=560):
-            options = analysis.fill_form(parts.method_fields("CausalTrace", OPTIONS), prefix="average")
+            options = analysis.fill_form(
+                parts.method_fields("CausalTrace", OPTIONS, empty=("window",)), prefix="average"
+            )
             known_only = st.toggle(
                 "Only facts that the model knows", value=True, key="average-known", bind="query-params",
                 help="Those whose answer is the model's most probable next token, as in ROME's figure.",
@@ -93,8 +95,8 @@ def show_maps(result: Result, *, key: str, model: str) -> None:
     n = int(result.table["n"].max())
     st.markdown(f"### {n} facts on average")
     for form in ("map", "curves"):
-        for column, kind in zip(st.columns(len(kinds), gap="medium"), kinds, strict=True):
-            with column:
+        with st.grid(len(kinds), min_column_width=300):
+            for kind in kinds:
                 st.plotly_chart(
                     drawn(result, key, kind, form, parts.theme(), tuple(band or ())),
                     theme=None,

@@ -387,9 +387,8 @@ def show_chart(chart: Chart, *, key: str, version: str) -> None:
         version: names what was drawn.
     """
     for row, group in enumerate(_groups(chart)):
-        columns = st.columns(len(group), gap="medium") if len(group) > 1 else [st.container()]
-        for column, (name, part) in zip(columns, group, strict=True):
-            with column:
+        with st.grid(len(group), min_column_width=300) if len(group) > 1 else st.container():
+            for name, part in group:
                 figure = _drawn(part, (version, key, name, chart.title), parts.theme())
                 st.plotly_chart(
                     figure, theme=None, key=f"{key}-{row}-{name}", config=parts.QUIET, alt=_alt(chart, part)
