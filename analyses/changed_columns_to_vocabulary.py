@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from analyses.editing import edit_each, fitted_editors
 from analyses.injection import interval
 from workbench.charts import Chart, DotPlot

@@ -195,7 +195,7 @@ def _answers(
 
 def features_of(lm: LM, prompts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, int]]:
     """By prompt, at its last token: the states after all layers, the largest log-probabilities in order, and the token said."""
-    sites = [Site(layer=layer, kind="resid_post", token="last") for layer in range(lm.n_layers)]  # no password
+    sites = [Site(layer=layer, kind="resid_post", token="last") for layer in range(lm.n_layers)]
     acts = run(lm, lm.encode(list(prompts)), read=sites)
     hidden = torch.cat([acts[site].float() for site in sites], dim=-1).cpu().numpy()
     top = acts.last_logits.float().log_softmax(-1).topk(min(TOP, lm.d_vocab))

@@ -27,17 +27,16 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from torch import Tensor
 
+from analyses.answers import is_said, log_p, next_tokens
 from analyses.editing import fitted_editors
 from workbench import zoo
 from workbench.cli_parts import one_sentence, progress_bar
 from workbench.editors import all_editors
 from workbench.editors.base import Editor
 from workbench.errors import InputError
-from workbench.facts import Fact, Probe, spread
+from workbench.facts import Fact, spread
 from workbench.generation import continue_prompts
-from workbench.hooks import run
 from workbench.loading import load
 from workbench.locators.base import peak_memory
 from workbench.models import LM
@@ -160,24 +159,11 @@ def markdown(result: Result) -> str:
     return "\n".join(lines)
 
 
-def log_p(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """The mean log-probability per token of each answer after its prompt, under teacher forcing."""
-    logits, ids = _forced(lm, prompts, answers)
-    return torch.stack([
-        row[torch.arange(len(own)), torch.tensor(own)].mean() for row, own in zip(logits.log_softmax(-1), ids, strict=True)
-    ])  # fmt: skip
-
-
-def _forced(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, list[list[int]]]:
-    """Logits (row, step, d_vocab) where answers are predicted, on the CPU, and the answers' tokens."""
-    ids = [lm.target_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens = lm.encode(list(prompts), targets=list(answers))
-    logits = run(lm, tokens).logits
-    steps = (tokens.last[:, None] + torch.arange(max(map(len, ids)), device=logits.device)).clamp(
-        max=logits.shape[1] - 1
-    )
-    rows = torch.arange(len(tokens), device=logits.device)[:, None]
-    return logits[rows, steps].float().cpu(), ids
+def says(lm: LM, prompts: Sequence[str], answer: str | None) -> float:
+    """How often all tokens of the answer are the most probable ones."""
+    if not prompts or not answer:
+        return float("nan")
+    return float(np.mean(is_said(lm, prompts, [answer] * len(prompts))))
 
 
 def wins(lm: LM, prompts: Sequence[str], first: str | None, second: str | None) -> float:
@@ -189,30 +175,14 @@ def wins(lm: LM, prompts: Sequence[str], first: str | None, second: str | None) 
     return float((found[:n] > found[n:]).float().mean())
 
 
-def says(lm: LM, prompts: Sequence[str], answer: str | None) -> float:
-    """How often all tokens of the answer are the most probable ones."""
-    if not prompts or not answer:
-        return float("nan")
-    logits, ids = _forced(lm, prompts, [answer] * len(prompts))
-    right = [row[: len(own)].argmax(-1).tolist() == own for row, own in zip(logits, ids, strict=True)]
-    return float(np.mean(right))
-
-
 def _said(lm: LM, fact: Fact) -> dict[str, Any]:
     """What the model says now: next tokens after the probes, and how varied its text is."""
     text = continue_prompts(lm, [fact.text], n=SAMPLED, top_k=5)[0]
     return {
-        "neighbors": _next(lm, fact.neighbors),
-        "locality": _next(lm, fact.locality),
+        "neighbors": next_tokens(lm, [probe.prompt for probe in fact.neighbors]),
+        "locality": next_tokens(lm, [probe.prompt for probe in fact.locality]),
         "entropy": ngram_entropy(text),
     }
-
-
-def _next(lm: LM, probes: Sequence[Probe]) -> list[int]:
-    if not probes:
-        return []
-    found: list[int] = run(lm, lm.encode([probe.prompt for probe in probes])).last_logits.argmax(-1).tolist()
-    return found
 
 
 def _same(before: Sequence[int], after: Sequence[int]) -> float:

@@ -298,7 +298,8 @@ def _other_answers(fact: Fact) -> list[tuple[str, str]]:
 
 def _measured(lm: LM, fact: Fact, what: str) -> tuple[Saying, list[str], dict[str, float]]:
     """What a model says to the prompt, its next token after every prompt, and the measures between two answers."""
-    from analyses.edit_quality import log_p, wins
+    from analyses.answers import log_p
+    from analyses.edit_quality import wins
     from workbench.generation import continue_prompts
     from workbench.hooks import run
     from workbench.metrics import top_tokens

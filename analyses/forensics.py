@@ -171,9 +171,7 @@ class Suspects:
     @classmethod
     def of(cls, lm: LM, facts: Sequence[Fact]) -> Suspects:
         """Of a model without the edit."""
-        sites = [
-            Site(layer=layer, kind="mlp_post", token="subject_last") for layer in range(lm.n_layers)
-        ]  # no password
+        sites = [Site(layer=layer, kind="mlp_post", token="subject_last") for layer in range(lm.n_layers)]
         acts = run(lm, lm.encode(list(facts)), read=sites)
         keys = {site.layer: acts[site].double().cpu() for site in sites}
         return cls(facts=tuple(facts), keys=keys, log_p=acts.last_logits.double().log_softmax(-1).cpu())

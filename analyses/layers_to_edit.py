@@ -30,8 +30,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from analyses.answers import log_p
 from analyses.average_trace import average
-from analyses.edit_quality import log_p
 from analyses.editing import edit_each, fitted_editors
 from workbench.charts import Chart, LinePlot
 from workbench.cli_parts import planted_band
@@ -97,7 +97,7 @@ def layers_to_edit(
     traced = {n: recommend_layers(lm, facts, n=n) for n in sorted(set(widths.values()))}
     trace = next(iter(traced.values())).trace
     averaged = average(trace, known_only=False, resamples=resamples, seed=seed).table
-    curve = averaged[averaged["token"] == "subject_last"][["layer", "value", "low", "high", "n"]]  # no password
+    curve = averaged[averaged["token"] == "subject_last"][["layer", "value", "low", "high", "n"]]
     left_out = {f"trace: {fact}": why for fact, why in trace.run.get("left_out", {}).items()}
     table = _sweep(lm, methods, widths, spread(facts, sweep_facts), contexts, probes, left_out, store)
     if table.empty:

@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analyses.answers import is_said, next_tokens
 from analyses.editing import fitted_editors
 from analyses.intervals import means_by
 from workbench.charts import Chart, LinePlot
@@ -38,7 +39,6 @@ from workbench.editors.base import Editor
 from workbench.edits import Edit, EditError, LowRank
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError, distinct_facts
-from workbench.hooks import run
 from workbench.locators import locate
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
@@ -52,9 +52,6 @@ TRIANGLE = ("reliability", "generalisation", "locality")
 
 SAVED_EVERY = 10
 """After so many edits of a stream the edit so far is saved, besides at checkpoints."""
-
-ROWS_AT_ONCE = 64
-"""Prompts that run together."""
 
 PUBLISHED = pd.DataFrame(
     [
@@ -278,7 +275,7 @@ class _Before:
         asked = [(f, "edited", "reliability", f.text, f.target_new or "") for f in edited]
         asked += [(f, "edited", "generalisation", text, f.target_new or "") for f in edited for text in f.paraphrases]
         asked += [(f, "held out", "recall", f.text, f.target_true) for f in self.held if f.target_true]
-        right = says(lm, [one[3] for one in asked], [one[4] for one in asked])
+        right = is_said(lm, [one[3] for one in asked], [one[4] for one in asked])
         kept = [(f, "edited", measure, text) for f in edited for measure, text in _kept(f, self.stream)]
         kept += [(f, "held out", measure, text) for f in self.held for measure, text in _own(f)]
         prompts = list(dict.fromkeys(one[3] for one in kept))
@@ -342,27 +339,6 @@ def norms(lm: LM, edit: Edit, n: int) -> pd.DataFrame:
             "growth": 1.0, "beside": held,
         })  # fmt: skip
     found: pd.DataFrame = pd.DataFrame(rows)
-    return found
-
-
-def says(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether all tokens of each answer are the most probable ones after its prompt, under teacher forcing."""
-    found: list[bool] = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        texts, wanted = list(prompts[start : start + ROWS_AT_ONCE]), list(answers[start : start + ROWS_AT_ONCE])
-        tokens = lm.encode(texts, targets=wanted)
-        best, last = run(lm, tokens).logits.argmax(-1).cpu(), tokens.last.tolist()
-        for row, (text, answer) in enumerate(zip(texts, wanted, strict=True)):
-            ids = lm.target_ids(text, answer)
-            found.append(best[row, last[row] : last[row] + len(ids)].tolist() == ids)
-    return found
-
-
-def next_tokens(lm: LM, prompts: Sequence[str]) -> list[int]:
-    """The most probable next token of each prompt."""
-    found: list[int] = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        found += run(lm, lm.encode(list(prompts[start : start + ROWS_AT_ONCE]))).last_logits.argmax(-1).tolist()
     return found
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from analyses.editing import edit_each, fitted_editors
 from analyses.intervals import RESAMPLES, means_by
 from workbench import zoo

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from analyses.editing import edit_each, fitted_editors
 from analyses.intervals import RESAMPLES, means_by
 from workbench.charts import Chart, DotPlot, LinePlot, Plot
@@ -140,7 +140,7 @@ def maps(traced: Footprint, *, seed: int) -> pd.DataFrame:
     )  # fmt: skip
     by = ["fact", "kind", "layer", "corrupted"]
     roles = shares.groupby([*by, "token"], sort=False)["share"].mean().reset_index()
-    largest = shares.groupby(by, sort=False)["share"].max().reset_index().assign(token="any")  # no password
+    largest = shares.groupby(by, sort=False)["share"].max().reset_index().assign(token="any")
     both = pd.concat([largest, roles], ignore_index=True)
     found: pd.DataFrame = means_by(both, ["kind", "token", "corrupted", "layer"], value="share", seed=seed)
     return found
@@ -162,7 +162,7 @@ def _probabilities(lm: LM, asked: pd.DataFrame) -> np.ndarray:
 def chart(result: Result) -> Chart:
     """Both corruptions by layer, and what edits do to the three kinds of prompts."""
     maps_, table = result.extras["maps"], result.table
-    any_token = maps_[maps_["token"] == "any"]  # no password
+    any_token = maps_[maps_["token"] == "any"]
     plots: list[Plot] = [
         LinePlot(
             rows=pd.DataFrame({
@@ -199,7 +199,7 @@ def summary(result: Result) -> str:
         "Probability of the answer: {clean:.2f}; with the subject corrupted {subject:.2f}, with the relation corrupted "
         "{relation:.2f} ({n} facts).".format(**{str(name): value for name, value in means.items()}, n=len(left))
     ]
-    for kind, one in maps_[maps_["token"] == "any"].groupby("kind", sort=False):  # no password
+    for kind, one in maps_[maps_["token"] == "any"].groupby("kind", sort=False):
         best = one.loc[one.groupby("corrupted", sort=False)["value"].idxmax()]
         told = ", ".join(
             "{corrupted} in layer {layer} ({value:.2f} restored)".format(**row)

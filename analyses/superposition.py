@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from analyses.editing import edit_each
 from workbench.charts import CellPlot, Chart, LinePlot, Plot, ScatterPlot
 from workbench.editors._values import checked_layers, read_keys, read_values, solve, write_prefixes

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 import analyses.does_localization_inform_editing as module
+from analyses.answers import log_p
 from analyses.does_localization_inform_editing import (
     PUBLISHED,
     LocatorName,
@@ -25,7 +26,6 @@ from analyses.does_localization_inform_editing import (
     recovered,
     summary,
 )
-from analyses.edit_quality import log_p
 from analyses.layer_edits import EditorName
 from workbench.charts import DotPlot, LinePlot
 from workbench.editors.rome import Rome

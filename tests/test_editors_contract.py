@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import workbench.editors
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from tests.examples import EIFFEL, FACTS, JOBS, SAID, fresh_lm, tiny_lm
 from workbench import zoo
 from workbench.editors import Editor, all_editors, edit_stream

@@ -10,20 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
+from analyses.answers import is_said, next_tokens
 from analyses.intervals import means_by
-from analyses.lifelong import (
-    SAVED_EVERY,
-    chart,
-    edited_stream,
-    lifelong,
-    next_tokens,
-    norms,
-    reachable,
-    says,
-    split,
-    summary,
-    triangle,
-)
+from analyses.lifelong import SAVED_EVERY, chart, edited_stream, lifelong, norms, reachable, split, summary, triangle
 from tests.examples import EIFFEL, SAID, tiny_lm
 from workbench.editors import alpha_edit, edit_stream
 from workbench.editors.alpha_edit import AlphaEdit
@@ -143,7 +132,7 @@ def test_what_is_said_is_that_of_a_loop() -> None:
         tokens = lm.encode([prompt], targets=[answer])
         best = run(lm, tokens).logits[0].argmax(-1)[int(tokens.last[0]) :][: len(wanted)].tolist()
         expected.append(best == wanted)
-    assert says(lm, prompts, answers) == expected
+    assert is_said(lm, prompts, answers) == expected
 
 
 def test_a_sum_tells_of_its_parts() -> None:
@@ -185,7 +174,7 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     stream = [by_id[name] for name in result.run["stream"]]
     *_, edit = edit_stream(FineTune.fitted(lm), lm, stream)
     with edit.on(lm):
-        expected = says(lm, [fact.text for fact in stream], [fact.target_new or "" for fact in stream])
+        expected = is_said(lm, [fact.text for fact in stream], [fact.target_new or "" for fact in stream])
     rows = result.table[(result.table["measure"] == "reliability") & (result.table["edits"] == 3)]
     assert dict(zip(rows["fact"], rows["value"], strict=True)) == dict(
         zip(result.run["stream"], map(float, expected), strict=True)

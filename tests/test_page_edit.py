@@ -15,7 +15,7 @@ import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
 
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from analyses.explore_edit import (
     EditQuestion,
     Kept,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import analyses.planted as module
-from analyses.edit_quality import log_p
+from analyses.answers import log_p
 from analyses.locating_effectiveness import ground_truth
 from analyses.planted import PAPERS, LocatorName, band_of, chart, planted, summary
 from tests.examples import EIFFEL, tiny_lm
