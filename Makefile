@@ -3,17 +3,19 @@
 # make lint    only the checks that run no code
 # make format  let ruff rewrite what it can
 # make figures make the figures of the README and the stored examples of the app
-# make findings  run every analysis on 20 facts of organism-mid and make the figures of docs/findings.md (half an hour)
+# make findings  run every analysis on organism-mid and make the figures of docs/findings.md; it goes on where it was stopped
 # make benchmark  time the sweep against other tools; ARGS="--shapes gpt2-medium --rounds 3" says on what
 # make clean   remove what the above made
 #
 # PYTHON=python3.12      which Python makes .venv (3.10 or newer)
 # TORCH_INDEX=<url>      one more place to look for torch: https://download.pytorch.org/whl/cpu has small builds without CUDA
-# WORKERS=4              processes for pytest; ARGS="-k rome" adds to its command line
+# WORKERS=4              processes for pytest and findings; ARGS="-k rome" adds to pytest's command line
+# FACTS=20               how many facts findings takes
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+FACTS ?= 100
 TORCH_INDEX ?=
 ARGS ?=
 
@@ -68,14 +70,15 @@ figures: $(STAMP)
 	cp results/compare/compare.png docs/figures/
 	$(BIN)/python -m workbench.zoo.examples
 
+findings: export OMP_NUM_THREADS ?= 1
+findings: export TQDM_DISABLE := 1
 findings: $(STAMP)
 	mkdir -p docs/figures/findings
-	for name in $$($(BIN)/workbench analyses | cut -d' ' -f1); do \
-		$(BIN)/workbench run $$name --model organism-mid --limit 20 --figures png --out results/findings || exit 1; \
-		cp results/findings/$$name.png docs/figures/findings/; \
+	$(BIN)/workbench analyses | cut -d' ' -f1 | xargs -P $(WORKERS) -I NAME \
+		$(BIN)/workbench run NAME --model organism-mid --limit $(FACTS) --figures png --out results/findings
+	for name in $$($(BIN)/workbench analyses | cut -d' ' -f1) located_vs_edited-1; do \
+		cp results/findings/$$name.png docs/figures/findings/ || exit 1; \
 	done
-	$(BIN)/workbench run edit_detection --model organism-mid --limit 100 --figures png --out results/findings
-	cp results/findings/edit_detection.png results/findings/located_vs_edited-1.png docs/figures/findings/
 
 benchmark: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.sweep $(ARGS)

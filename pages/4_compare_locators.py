@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -75,13 +76,12 @@ def show_work(asked: Sequence[Asked], found: parts.Found, there: Mapping[str, Fo
     left = [one for one in asked if one.method not in there and not wrong.get(one.method)]
     waiting = [one for one in left if not parts.is_running(one)]
     if waiting:
-        st.button(
+        parts.act(
             f"Locate with {len(waiting)} method{'s' * (len(waiting) > 1)}",
+            partial(parts.start, *waiting),
             icon=":material/play_arrow:",
             type="primary",
             disabled=found.seen is None,
-            on_click=parts.start,
-            args=tuple(waiting),
             key="trace",
         )
     for method, sentence in wrong.items():

@@ -270,7 +270,7 @@ def collect() -> None:
 
 
 def start(question: EditQuestion, below: Sequence[Edit]) -> None:
-    """Queues an edit; for the button."""
+    """Queues an edit."""
     choice = ModelChoice(name=question.model, dtype=question.dtype)
     work = partial(make_edit, question=question, below=tuple(below), store=parts.store())
     parts.workshop().submit(choice, work, key=question.key, title=parts.plain(question.title))
@@ -285,13 +285,12 @@ def show_action(lm: LM | None, question: EditQuestion | None, below: List) -> No
     if job is not None and not job.status.over:
         return
     wrong = problem_of(lm, question, lm.weight_hash, question.key) if lm is not None else ""
-    st.button(
+    parts.act(
         "Edit",
+        partial(start, question, tuple(one.edit for one in below)),
         icon=":material/edit:",
         type="primary",
         disabled=lm is None or bool(wrong),
-        on_click=start,
-        args=(question, tuple(one.edit for one in below)),
         key="make",
     )
     if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import streamlit as st
@@ -45,9 +46,11 @@ def reader() -> Workshop:
 
 def compare(base: str, edited: str) -> Result:
     """The comparison of two checkpoints; it imports torch, so it runs in the worker."""
-    from workbench.checkpoint_diff import diff_checkpoints
+    from workbench.checkpoint_diff import DiffError, diff_checkpoints
     from workbench.loading import checkpoint_folder
 
+    if not (base and edited):
+        raise DiffError(f"There is one checkpoint, {base or edited!r}, expected two. Name the other one too.")
     return diff_checkpoints(checkpoint_folder(base), checkpoint_folder(edited))
 
 
@@ -75,10 +78,14 @@ def show_diff() -> None:
     status = job.status if job is not None else None
     if status is None or status.over:
         verb = "Compare" if status is None or status.state != "done" else "Compare again"
-        st.button(
-            verb, type="primary" if verb == "Compare" else "secondary", icon=":material/play_arrow:", key="run",
-            disabled=not (base and edited), on_click=start, args=(base, edited),
-        )  # fmt: skip
+        parts.act(
+            verb,
+            partial(start, base, edited),
+            type="primary" if verb == "Compare" else "secondary",
+            icon=":material/play_arrow:",
+            disabled=not (base or edited),
+            key="run",
+        )
     if job is not None and status is not None and not status.over:
         st.button("Stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
     parts.show_jobs((_key(base, edited),), (job,) if job is not None else ())

@@ -351,23 +351,19 @@ def show_work(
     status = job.status if job is not None else None
     if not is_done and (status is None or status.over):
         stopped = status is not None and status.state == "stopped"
-        st.button(
+        parts.act(
             "Go on" if stopped else verb,
+            partial(parts.workshop().submit, choice, work, key=key, title=title),
             icon=":material/play_arrow:",
             type="primary",
             disabled=not ready,
             key="run",
-            on_click=partial(_start, choice, work, key, title),
         )
         if status is not None and status.state == "failed":
             parts.show_error(status.error)
         elif stopped:
             st.caption("Stopped. What was finished is kept.")
-    parts.show_jobs((key,), (watched,))
-
-
-def _start(choice: ModelChoice, work: Callable[[LM], Any], key: str, title: str) -> None:
-    parts.workshop().submit(choice, work, key=key, title=title)
+    parts.show_jobs((key,), (watched,), in_pieces=False)
 
 
 # -- the answer --------------------------------------------------------------------------------------------------------

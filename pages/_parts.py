@@ -725,8 +725,23 @@ def _lens_cached(_lm: LM, _asked: Asked, weights: str, key: str, site: str) -> L
     return lens_at(_lm, _asked.fact, site=Site.parse(site))
 
 
+def act(label: str, work: Callable[[], object], **button: Any) -> None:
+    """A button that does something with what the page shows now.
+
+    A callback would do it with what the page showed before: Streamlit calls it first where a field is left by clicking the button.
+
+    Args:
+        label: of the button.
+        work: what it does; the page is then drawn anew.
+        button: further arguments of `st.button`.
+    """
+    if st.button(label, **button):
+        work()
+        st.rerun()
+
+
 def start(*questions: Asked) -> None:
-    """Queues questions; for the button."""
+    """Queues questions."""
     here = store()
     for asked in questions:
         workshop().submit(choice_of(asked), partial(asked.compute, store=here), key=asked.key, title=job_title(asked))
@@ -746,13 +761,12 @@ def show_action(asked: Asked, found: Found, *, verb: str) -> None:
     if is_running(asked) or (found.footprint is not None and not found.missing and not found.stale):
         return
     job, missing = workshop().find(asked.key), found.missing
-    st.button(
+    act(
         "Go on" if missing else verb,
+        partial(start, asked),
         icon=":material/play_arrow:",
         type="primary",
         disabled=found.seen is None,
-        on_click=start,
-        args=(asked,),
         key="trace",
     )
     if job is not None and job.status.state == "failed":
@@ -909,19 +923,20 @@ def _files(_result: Result, _draw: Callable[[], export.Savable], version: tuple[
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def show_jobs(current: Collection[str], watched: Sequence[Job[Any]]) -> None:
+def show_jobs(current: Collection[str], watched: Sequence[Job[Any]], *, in_pieces: bool = True) -> None:
     """Everything that runs, with progress and a stop button; polls while something does, and redraws the page when one ends.
 
     Args:
         current: keys of the questions on the page; the others get a button that goes there.
         watched: further jobs that the page waits for, e.g. the loading of its model.
+        in_pieces: whether the page shows what is there while a job runs, so that it is redrawn for every piece too.
     """
     jobs = [*watched, *workshop().jobs()]
     _note(jobs)
     drawn = [(str(job.key), st.session_state["noted"][str(job.key)]) for job in jobs]
     active = {str(job.key) for job in jobs if not job.status.over}
     st.session_state["unseen"] = {*st.session_state.get("unseen", ()), *active} - set(current)
-    st.fragment(_strip, run_every=0.5 if active else None)(current, watched, drawn)
+    st.fragment(_strip, run_every=0.5 if active else None)(current, watched, drawn, in_pieces)
 
 
 def _note(jobs: Sequence[Job[Any]]) -> None:
@@ -942,11 +957,13 @@ def is_running(asked: Asked) -> bool:
     return job is not None and not job.status.over
 
 
-def _strip(current: Collection[str], watched: Sequence[Job[Any]], drawn: Sequence[Any]) -> None:
+def _strip(current: Collection[str], watched: Sequence[Job[Any]], drawn: Sequence[Any], in_pieces: bool) -> None:
     """The body of `show_jobs`."""
     jobs = [*watched, *workshop().jobs()]
     now = [(job, job.status) for job in jobs]  # once: a job may end while this is drawn
-    if [(str(job.key), _moment(job)) for job in jobs] != drawn or "going_to" in st.session_state:
+    deep = 2 if in_pieces else 1
+    seen = [(key, moment[:deep]) for key, moment in drawn]
+    if [(str(job.key), _moment(job)[:deep]) for job in jobs] != seen or "going_to" in st.session_state:
         st.rerun()
     for job, status in now:
         if not status.over and job in watched:

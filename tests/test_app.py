@@ -225,6 +225,16 @@ def test_a_stopped_trace_can_go_on_and_other_inputs_do_not_disturb_it(tiny_folde
     assert maps(app) == 3
 
 
+def test_a_click_right_after_typing_traces_what_was_typed(tiny_folder: Path) -> None:
+    app = settle(open_app(model=tiny_folder, prompt=SENTENCE, samples="2"))
+    app.text_input(key="prompt").set_value("The Eiffel Tower is in")
+    app.button(key="trace").click()
+    settle(app.run())
+    assert not errors(app)
+    assert maps(app) == 3
+    assert "The Eiffel Tower is in" in texts(app)
+
+
 def test_an_unknown_fact_is_said() -> None:
     app = open_app(model="organism-tiny", fact="Foo bar")
     assert "There is no fact “Foo bar” in organism-tiny" in texts(app)

@@ -103,6 +103,20 @@ def test_a_bundled_model_is_compared_by_its_name() -> None:
     assert "workbench diff organism-tiny organism-tiny" in codes(app)
 
 
+def test_a_button_runs_what_a_field_says_that_is_left_by_clicking_it() -> None:
+    app = about_weights("organism-tiny", "FineTune")
+    app.number_input(key="n-10").set_value(2)
+    app.button(key="run").click()
+    settle(app.run())
+    assert not errors(app)
+    assert charts(app), "the two facts were asked for, not the ten before"
+    assert "--limit 2" in codes(app)
+
+
+def test_a_comparison_of_one_checkpoint_asks_for_the_other() -> None:
+    assert "Name the other one too" in errors(compared("organism-tiny", ""))[0]
+
+
 def test_the_number_of_facts_is_in_the_address() -> None:
     for asked, shown in (("3", 3), ("999", 10), ("none", 10)):
         app = settle(open_page("located_vs_edited", model="organism-tiny", **{"n-10": asked}))
