@@ -169,19 +169,21 @@ def chart(result: Result) -> Chart:
     matrices = tuple(
         CellPlot(
             values=_matrix(own, "value"), texts=_matrix(own, "text"), notes=_matrix(own, "note"),
-            name=unit, title=f"{measure.replace('_', ' ').capitalize()}: locator against editor",
+            texts_are="mean, and p of a shuffle of the layers", name=unit,
+            title=f"{measure.replace('_', ' ').capitalize()}: locator against editor",
             row_title="Locator", column_title="Editor", low=0.0 if measure != "spearman" else -1.0,
             high=1.0 if measure in ("overlap", "spearman") else None, signed=measure == "spearman",
         )
         for measure, unit in MEASURES.items()
         for own in [_in_words(agreement[agreement["measure"] == measure])]
     )  # fmt: skip
-    n = int(result.extras["agreement"]["n"].max())
+    n, kinds = int(result.extras["agreement"]["n"].max()), profiles["kind"].unique()
     return Chart(
         title="Located and edited",
         plots=(_overlay(profiles, run, title="Where facts are located, and where they are edited"), *matrices),
-        caption=f"Shares of mass by layer (0-based), means over {n} facts with 95 % bootstrap intervals; above the axis located, "
-        f"below it edited ({_source(result)}). {_chosen(result)}In the cells: mean, and p of a shuffle of the layers.",
+        caption=f"Shares of mass{' in ' + kinds[0] if len(kinds) == 1 else ''} by layer (0-based), means over {n} facts with "
+        "95 % bootstrap intervals; above the axis located, "
+        f"below it edited ({_source(result)}). {_chosen(result)}".strip(),
     )
 
 
@@ -469,8 +471,9 @@ def _places(grids: dict[tuple[str, str, str], pd.DataFrame], band: range | None)
 def _overlay(profiles: pd.DataFrame, run: Any, *, title: str) -> LinePlot:
     """Curves by layer; what is edited points down."""
     sign = np.where(profiles["side"] == "located", 1.0, -1.0)
+    kinds = " " + profiles["kind"] if profiles["kind"].nunique() > 1 else ""
     rows = pd.DataFrame({
-        "series": profiles["side"] + ": " + profiles["method"] + " " + profiles["kind"],
+        "series": profiles["side"] + ": " + profiles["method"] + kinds,
         "x": profiles["layer"], "y": sign * profiles["mass"],
         "note": [f"{mass:.0%} of the mass" for mass in profiles["mass"]],
     })  # fmt: skip
@@ -479,7 +482,7 @@ def _overlay(profiles: pd.DataFrame, run: Any, *, title: str) -> LinePlot:
         rows = rows.assign(low=ends[0], high=ends[1])
     band = run.get("planted")
     return LinePlot(
-        rows=rows, y_title="Share of mass: located (up), edited (down)", title=title, mirrored=True,
+        rows=rows, y_title="Share of mass (edited: down)", title=title, mirrored=True,
         shade=range(band[0], band[-1] + 1) if band else None,
     )  # fmt: skip
 

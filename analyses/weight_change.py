@@ -213,7 +213,8 @@ def chart(result: Result) -> Chart:
         plots=(
             CellPlot(
                 values=np.log10(means.where(means > 0)), texts=means.map(lambda value: f"{value:.2g}" if value else ""),
-                name="|ΔW| / |W| (colours: its log10)", title="|ΔW| / |W| by layer, one scale for all editors", row_title="Editor",
+                texts_are="|ΔW| / |W|", name="log10 |ΔW| / |W|", title="|ΔW| / |W| by layer, one scale for all editors",
+                row_title="Editor",
                 column_title="Layer (0-based)", shade=range(band[0], band[-1] + 1) if band else None,
             ),
             DotPlot(rows=dots[0], x_title="Share of |ΔW|² in the most changed neurons", title="Concentration"),

@@ -160,6 +160,22 @@ def test_a_series_looks_the_same_in_all_plots(theme: Theme) -> None:
     assert [trace.name for trace in named] == ["in", "out", "chance"]
 
 
+def test_a_curve_that_would_hide_another_one_is_dashed() -> None:
+    rows = curves("Rome", "Memit")
+    twin = rows[rows["series"] == "Rome"].assign(series="FineTune")
+    plots = LinePlot(rows=pd.concat([rows, twin]), y_title="share"), LinePlot(rows=curves("FineTune"), y_title="share")
+    chart = Chart(title="", plots=plots)
+    assert [bool(dash) for _, dash in chart.styles("light").values()] == [False, False, True]
+    assert chart.alone(1).styles("light") == chart.styles("light"), "one look in all plots"
+
+
+def test_what_stands_in_the_cells_is_said_below_them_alone() -> None:
+    matrix = CellPlot(values=cells(LONG[:2]).iloc[:1], name="share", texts_are="share, and p")
+    chart = Chart(title="", plots=(matrix, PLOTS["curves"]), caption="Of ten facts.")
+    assert chart.below == "Of ten facts. In the cells: share, and p."
+    assert chart.alone(1).below == ""
+
+
 def test_there_are_as_many_looks_as_editors() -> None:
     looks = CHARTS["many"].styles("light")
     assert len(looks) == len(set(looks.values())) == 15

@@ -102,6 +102,9 @@ class CellPlot:
     texts: pd.DataFrame | None = None
     """What is written into the cells, in the same shape; None: nothing."""
 
+    texts_are: str = ""
+    """What the texts are, for the caption."""
+
     notes: pd.DataFrame | None = None
     """What is said where one points at a cell, in the same shape."""
 
@@ -242,6 +245,9 @@ class Chart:
     names: tuple[str, ...] = ()
     """Names of series in the order of their looks; those that are not named here follow."""
 
+    hidden: Mapping[str, int] = field(default_factory=dict)
+    """By series how many others it would hide in plots that are not here; see `styles`."""
+
     @property
     def grid(self) -> tuple[tuple[Plot, ...], ...]:
         """The plots, row by row."""
@@ -260,7 +266,7 @@ class Chart:
 
     def alone(self, index: int) -> Chart:
         """One of the plots as a chart, for pages that place plots themselves; without title and caption."""
-        return Chart(title="", plots=(self.plots[index],), names=self.series)
+        return Chart(title="", plots=(self.plots[index],), names=self.series, hidden=self._hidden())
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -271,9 +277,11 @@ class Chart:
 
     @property
     def below(self) -> str:
-        """The caption, and what dashes mean where there are some."""
-        blank = any(isinstance(plot, CellPlot) and (plot.words == NONE).to_numpy().any() for plot in self.plots)
-        return f"{self.caption} {NONE}: no value.".strip() if blank else self.caption
+        """The caption, what stands in the cells, and what dashes mean where there are some."""
+        cells = [plot for plot in self.plots if isinstance(plot, CellPlot)]
+        told = [f"In the cells: {words}." for words in dict.fromkeys(plot.texts_are for plot in cells) if words]
+        blank = [f"{NONE}: no value."] if any((plot.words == NONE).to_numpy().any() for plot in cells) else []
+        return " ".join(part for part in (self.caption, *told, *blank) if part)
 
     def goes_on(self, index: int) -> bool:
         """Whether the plot below a line plot is one with the same axis across, which then is drawn once, below both."""
@@ -287,12 +295,29 @@ class Chart:
         )
 
     def styles(self, theme: Theme) -> dict[str, tuple[str, tuple[float, ...]]]:
-        """Colour and dash of every series."""
-        n = len(drawing.SERIES_COLORS)
+        """Colour and dash of every series; a curve that would hide an earlier one is dashed."""
+        n, hidden = len(drawing.SERIES_COLORS), self._hidden()
         return {
-            name: (drawing.SERIES_COLORS[i % n][theme], drawing.DASHES[i // n % len(drawing.DASHES)])
+            name: (
+                drawing.SERIES_COLORS[i % n][theme],
+                drawing.DASHES[(i // n + hidden.get(name, 0)) % len(drawing.DASHES)],
+            )
             for i, name in enumerate(self.series)
         }
+
+    def _hidden(self) -> dict[str, int]:
+        """By series the number of earlier ones with the same curve, in the plot where these are most."""
+        found = dict(self.hidden)
+        for plot in self.plots:
+            if isinstance(plot, LinePlot) and not plot.bars:
+                curves = [
+                    (str(name), tuple(zip(rows["x"], rows["y"].round(6), strict=True)))
+                    for name, rows in plot.rows.groupby("series", sort=False)
+                ]
+                for i, (name, curve) in enumerate(curves):
+                    same = sum(other == curve for _, other in curves[:i])
+                    found[name] = max(found.get(name, 0), same)
+        return found
 
 
 def label_lines(label: object) -> list[str]:
