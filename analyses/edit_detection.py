@@ -12,8 +12,9 @@ from the same edited models.
 - Detectors: logistic regression (L2, C = 1) on standardised features, and AdaBoost with 50 stumps; as scikit-learn has them.
 - Five folds such that no subject, or no object (the answer said), is both in training and in test. Trained on one editor's answers,
   tested on each editor's of the other folds: the same editor is `in domain`, the others are not.
-- Beside them the largest probability alone, where nothing is trained: an edit is a search for a certain answer. Measured as the
-  area under the ROC curve (AUC), 0.5 for guessing.
+- Beside them the largest probability alone, where nothing is trained: an edit is a search for a certain answer; and, by layer, the
+  length of the hidden state, which says from where on the last token sees the edit. Measured as the area under the ROC curve
+  (AUC), 0.5 for guessing.
 
 Departures. The paper's layers, number of probabilities and settings of AdaBoost could not be found; those here are ours.
 """
@@ -38,7 +39,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from analyses.editing import edit_each, fitted_editors
 from analyses.intervals import interval
-from workbench.charts import CellPlot, Chart, DotPlot
+from workbench.charts import CellPlot, Chart, DotPlot, LinePlot
 from workbench.facts import Fact, FactError, distinct_facts
 from workbench.hooks import run
 from workbench.models import LM
@@ -92,6 +93,7 @@ def edit_detection(
         `fact`, `edited` (the truth), `score` (of being edited), `said` (the detector's answer), `right`. Extras: `accuracy` (by
         split, features, detector, trained, editor: `accuracy` with its 95 % bootstrap interval `low`, `high` over facts, `auc`,
         `n` answers), `baseline` (by editor: `auc` of the largest probability, and its mean for edited and for known answers),
+        `lengths` (by editor and layer, 0-based: `auc` of the hidden state's length),
         `examples` (one row an answer: `editor`, `model_of` (the fact edited there), `fact`, `edited`, `subject`, `object`,
         `p_max`), `published`. The manifest's `left_out` says which answers are not there and why.
 
@@ -129,7 +131,8 @@ def edit_detection(
         parameters={"editors": list(editors), "folds": folds, "stumps": stumps, "seed": seed},
     )  # fmt: skip
     extras = {
-        "accuracy": accuracy(table, seed=seed), "baseline": baseline(examples), "examples": examples, "published": PUBLISHED,
+        "accuracy": accuracy(table, seed=seed), "baseline": baseline(examples),
+        "lengths": lengths(features["hidden"], examples, n_layers=lm.n_layers), "examples": examples, "published": PUBLISHED,
     }  # fmt: skip
     return Result(table=table, run=run_, extras=extras)
 
@@ -286,6 +289,19 @@ def baseline(examples: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def lengths(
+    hidden: Float[np.ndarray, "answer layer*d_model"], examples: pd.DataFrame, *, n_layers: int
+) -> pd.DataFrame:
+    """By editor and layer, how well the length of the last token's state tells edited answers."""
+    found = np.linalg.norm(hidden.reshape(len(hidden), n_layers, -1), axis=-1)
+    rows = []
+    for editor, group in examples.reset_index(drop=True).groupby("editor", sort=False):
+        for layer, length in enumerate(found[group.index].T):
+            rows.append({"editor": editor, "layer": layer, "auc": auc(group["edited"], pd.Series(length))})
+    told: pd.DataFrame = pd.DataFrame(rows)
+    return told
+
+
 def auc(edited: pd.Series, score: pd.Series) -> float:
     """The area under the ROC curve; NaN where there is one kind of answer alone."""
     truth = edited.to_numpy(dtype=bool)
@@ -296,7 +312,7 @@ def auc(edited: pd.Series, score: pd.Series) -> float:
 
 
 def chart(result: Result) -> Chart:
-    """In domain by detector and split beside the largest probability; and across editors."""
+    """In domain by detector and split beside the largest probability; across editors; and what the state's length says by layer."""
     found, base = result.extras["accuracy"], result.extras["baseline"]
     own = found[found["trained"] == found["editor"]]
     rows = [
@@ -323,10 +339,14 @@ def chart(result: Result) -> Chart:
         row_title="trained on", column_title="tested on", texts=values.map(lambda x: "" if x != x else f"{x:.2f}"),
         low=0.0, high=1.0,
     )  # fmt: skip
+    lines = LinePlot(
+        rows=result.extras["lengths"].rename(columns={"editor": "series", "layer": "x", "auc": "y"}).dropna(subset="y"),
+        y_title="AUC of the state's length", title="From where on the last token sees an edit", lines={"guessing": 0.5},
+    )  # fmt: skip
     edited = result.extras["examples"]["edited"].astype(bool)
     return Chart(
         title="Edited answers told from known ones",
-        plots=(dots, cells),
+        plots=(dots, cells, lines),
         columns=2,
         caption=(
             f"{int(edited.sum())} edited and {int((~edited).sum())} known answers of edited models; folds without a common "
@@ -347,5 +367,8 @@ def summary(result: Result) -> str:
         lines.append(f"{detector} on {features}, other {split}s: accuracy in domain {inside:.2f}{across}.")
     told = ", ".join(f"{row['editor']} {row['auc']:.2f}" for row in base.to_dict("records"))
     lines.append(f"Largest probability alone, AUC: {told}.")
+    best = result.extras["lengths"].sort_values("auc").groupby("editor", sort=False).tail(1)
+    told = ", ".join(f"{row['editor']} {row['auc']:.2f} at layer {row['layer']}" for row in best.to_dict("records"))
+    lines.append(f"Length of the last token's state alone, highest AUC: {told}.")
     lines.append("Published (DEED, 2405.02765): 0.998 in domain, 0.978 out of domain.")
     return "\n".join(lines)

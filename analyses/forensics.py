@@ -82,6 +82,7 @@ def forensics(
     *,
     editors: tuple[str, ...] = ("FineTune", "Rome", "Memit", "AlphaEdit"),
     dropped: tuple[int, ...] = (1, 2, 5),
+    others: int = 20,
     seed: int = 0,
     store: Store | None = None,
 ) -> Result:
@@ -92,6 +93,7 @@ def forensics(
         facts: with `target_new`; all of them are the suspects.
         editors: which; those that leave the weights alone leave no trace in them.
         dropped: how many singular components of the edited matrix are dropped where the original is not known; each is tried.
+        others: how many other facts an undoing is asked whether it leaves them as they were; spread over those given.
         seed: of the intervals.
         store: where edits are kept and looked for.
 
@@ -124,7 +126,7 @@ def forensics(
         weights = {name: changed(lm.model.get_parameter(name), [change]) for name, change in edit.changes.items()}
         found = examine(lm, weights, suspects, own=own)
         rows += [{**who, **row} for row in _right(lm, found, fact, edit, suspects)]
-        rows += [{**who, **row} for row in _undone(lm, found, fact, edit, suspects, dropped)]
+        rows += [{**who, **row} for row in _undone(lm, found, fact, edit, suspects, dropped=dropped, others=others)]
         matrices.append(found.matrices.assign(**who))
         layers.append(found.layers.assign(**who))
         named.append(
@@ -142,8 +144,8 @@ def forensics(
         "fact": 1 / len(suspects.facts),
     }
     run_ = manifest(
-        "forensics", model=lm.protocol, parameters={"editors": list(editors), "dropped": list(dropped), "seed": seed},
-        facts=facts, left_out=left_out, chance=chance,
+        "forensics", model=lm.protocol, facts=facts, left_out=left_out, chance=chance,
+        parameters={"editors": list(editors), "dropped": list(dropped), "others": others, "seed": seed},
     )  # fmt: skip
     extras = {
         "means": means, "matrices": pd.concat(matrices, ignore_index=True), "layers": pd.concat(layers, ignore_index=True),
@@ -385,11 +387,13 @@ def _layers(lm: LM, edit: Edit) -> list[int]:
 
 
 def _undone(
-    lm: LM, found: Finding, fact: Fact, edit: Edit, suspects: Suspects, dropped: Sequence[int]
+    lm: LM, found: Finding, fact: Fact, edit: Edit, suspects: Suspects, *, dropped: Sequence[int], others: int
 ) -> list[dict[str, Any]]:
     """Whether the fact is restored when components are dropped; nothing for an edit that did not take."""
     place = suspects.index(fact)
-    before = suspects.log_p.argmax(-1)
+    rest = [i for i in range(len(suspects.facts)) if i != place]
+    asked = [place, *(rest[i * len(rest) // others] for i in range(others))] if others < len(rest) else [place, *rest]
+    tokens, before = lm.encode([suspects.facts[i] for i in asked]), suspects.log_p[asked].argmax(-1)
     if int(found.said[place].argmax()) != lm.target_ids(fact.text, fact.target_new or "")[0]:
         return []
     weights = {name: changed(lm.model.get_parameter(name), [change]) for name, change in edit.changes.items()}
@@ -400,10 +404,9 @@ def _undone(
             name: weight - lm.model.get_parameter(name).detach() for name, weight in {**weights, **replaced}.items()
         }
         with Edit(base=lm.weight_hash, changes=changes).on(lm):
-            now = run(lm, lm.encode(list(suspects.facts))).last_logits.argmax(-1).cpu()
+            now = run(lm, tokens).last_logits.argmax(-1).cpu()
         same = (now == before).double()
-        others = (same.sum() - same[place]) / (len(same) - 1) if len(same) > 1 else torch.tensor(float("nan"))
-        for name, value in (("undone", same[place]), ("others", others)):
+        for name, value in (("undone", same[0]), ("others", same[1:].mean())):  # NaN without others
             rows.append({"measure": f"{name}{measure}", "components": components, "value": float(value)})
 
     tried("", None, {name: weights[name] - torch.outer(*top).to(weights[name]) for name, top in found.tops.items()})

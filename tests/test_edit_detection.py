@@ -17,6 +17,7 @@ from analyses.edit_detection import (
     detectors,
     edit_detection,
     features_of,
+    lengths,
     summary,
 )
 from tests.examples import EIFFEL, SAID, tiny_lm
@@ -83,6 +84,15 @@ def test_the_area_under_the_curve_by_hand() -> None:
     assert np.isnan(auc(pd.Series([True, True]), pd.Series([0.1, 0.2])))
 
 
+def test_longer_states_are_told_by_their_length_at_their_layer_alone() -> None:
+    _, examples = made(np.random.default_rng(0))
+    hidden = np.ones((len(examples), 3, 4))
+    hidden[:, 1] *= np.where(examples["edited"], 2.0, 1.0)[:, None]
+    found = lengths(hidden.reshape(len(examples), -1), examples, n_layers=3)
+    assert found["layer"].tolist() == [0, 1, 2] * 2
+    assert found["auc"].tolist() == [0.5, 1.0, 0.5] * 2
+
+
 def test_features_are_the_states_and_probabilities_of_a_run() -> None:
     lm = tiny_lm("llama")
     ((hidden, log_p, said), _) = features_of(lm, [SAID.text, EIFFEL.text])
@@ -106,7 +116,7 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     for row in found.to_dict("records"):
         assert row["accuracy"] == pytest.approx(by_hand[row["split"], row["features"], row["detector"]])
     assert "Largest probability" in summary(result)
-    assert len(chart(result).plots) == 2
+    assert len(chart(result).plots) == 3
 
 
 def test_one_fact_is_too_few() -> None:

@@ -117,7 +117,7 @@ def test_a_bottom_rank_approximation_lacks_the_top() -> None:
 def test_from_end_to_end(tmp_path: Path) -> None:
     lm = load("organism-tiny", device="cpu")
     facts = load_facts("organism-tiny")[:12:4]
-    result = forensics(lm, facts, editors=("FineTune",), dropped=(1,), store=Store(folder=tmp_path))
+    result = forensics(lm, facts, editors=("FineTune",), dropped=(1,), others=1, store=Store(folder=tmp_path))
     assert set(result.table["measure"]) >= set(QUESTIONS) | {"took", "others"}
     assert result.table["value"].between(0, 1).all()
     found = result.extras["means"].set_index("measure")["value"]
