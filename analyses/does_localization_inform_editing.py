@@ -437,7 +437,8 @@ def explained(
     n, parameters = score.size, score.shape[1] + int(slopes)
     gain, rng = (layer - both) / whole if whole else np.nan, np.random.default_rng(seed)
     f = (layer - both) / slopes / (both / (n - parameters)) if slopes and n > parameters and both > 0 else np.nan
-    drawn = _squares(*(x[rng.integers(0, len(score), (resamples, len(score)))] for x in (score, trace)))
+    facts = rng.integers(0, len(score), (resamples, len(score)))
+    drawn = _squares(score[facts], trace[facts])
     shuffled = _squares(
         np.broadcast_to(score, (_PERMUTATIONS, *score.shape)),
         np.stack([trace[rng.permutation(len(trace))] for _ in range(_PERMUTATIONS)]),

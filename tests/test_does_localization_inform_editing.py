@@ -109,6 +109,8 @@ def test_a_trace_that_explains_all_beats_chance_and_one_that_explains_nothing_do
     told = explained(2 * x + np.arange(5), x, resamples=50, seed=0)
     assert told["r2_both"] == pytest.approx(1)
     assert told["p_permuted"] < 0.02 < told["gain"] - told["chance"]
+    assert told["low"] < told["gain"] < told["high"], "resampled facts keep their own trace"
+    assert told["low"] > told["chance"]
     nothing = explained(noise, x, resamples=50, seed=0)
     assert nothing["chance"] > 0.02  # slopes of so few facts fit something
     assert nothing["p_permuted"] > 0.05
