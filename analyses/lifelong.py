@@ -13,7 +13,9 @@ measured anew, on all facts asked for so far (also those that an editor refused)
 - `neighborhood`, `other_relations`: so after prompts on other subjects that are never edited, and on other relations of the subject
 - `recall`: held-out facts are still answered as `target_true` says
 
-With them the growth of the changed weights, and how far the causal trace's centre of mass moves on held-out facts.
+With them the growth of the changed weights, and how far the causal trace's centre of mass moves on held-out facts: of those that
+are still traceable, whose number is told, since a ruined model may have no trace left to move. Held-out facts are all facts of
+some subjects, so that no edit is about a subject on which locality is asked.
 
 Departures. WISE scores the share of right tokens, here all tokens of an answer have to be right; its locality prompts are Natural
 Questions, here they are held-out facts, which share relations and templates with the edited ones: locality is harder to keep.
@@ -44,7 +46,7 @@ from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
 from workbench.profiles import layer_profiles, mass_centre
 from workbench.progress import track
-from workbench.results import Result, manifest, question_key
+from workbench.results import Result, manifest, question_key, record
 from workbench.store import Store
 
 TRIANGLE = ("reliability", "generalisation", "locality")
@@ -99,7 +101,7 @@ def lifelong(
         - `means`: over facts, with 95 % bootstrap intervals; `triangle`: the three corners and the `weakest`; `published`
         - `norms`: by changed parameter `relative` |dW| / |W| and `growth` |W + dW| / |W|; a row for what stands beside the weights,
           with its count of numbers, `beside`
-        - `drift`: by traced fact `centre` of mass in layers (0-based), `before` any edit, and `shift`
+        - `drift`: by traced fact `centre` of mass in layers (0-based), `before` any edit, and `shift`; NaN where its trace is gone
 
         The manifest's `left_out` says which facts were refused and why.
 
@@ -138,6 +140,8 @@ def lifelong(
 def split(facts: Sequence[Fact], *, held_out: int, seed: int) -> tuple[list[Fact], list[Fact]]:
     """The facts to edit in a random order, and those held out: at most a quarter, at least one.
 
+    Subjects are held out whole; only where none has few enough facts, some of its facts are held out and others edited.
+
     Raises:
         FactError: fewer than two facts.
     """
@@ -145,7 +149,15 @@ def split(facts: Sequence[Fact], *, held_out: int, seed: int) -> tuple[list[Fact
         raise FactError(f"{len(facts)} fact can be used, expected at least 2: one to edit, one to hold out.")
     order = [facts[i] for i in np.random.default_rng(seed).permutation(len(facts))]
     n = max(1, min(held_out, len(facts) // 4))
-    return order[n:], order[:n]
+    of_subject: dict[str, list[Fact]] = {}
+    for fact in order:
+        of_subject.setdefault(fact.subject, []).append(fact)
+    held: list[Fact] = []
+    for own in of_subject.values():
+        if len(held) + len(own) <= n:
+            held += own
+    held = held or order[:n]
+    return [fact for fact in order if fact not in held], held
 
 
 def reachable(checkpoints: Sequence[int], n: int) -> list[int]:
@@ -192,6 +204,7 @@ def chart(result: Result) -> Chart:
     if len(drift):
         moved = means_by(drift.assign(shift=drift["shift"].abs()), ["editor", "edits"], value="shift", seed=seed)
         moved = moved.rename(columns={"editor": "series", "edits": "x", "value": "y"})
+        moved["note"] = [f"{n} facts still traceable" for n in moved["n"]]
         plots.append(_lines(moved, "Drift of located layers", "layers"))
     n = int(means.loc[means["measure"] == "reliability", "n"].max())
     return Chart(
@@ -202,16 +215,26 @@ def chart(result: Result) -> Chart:
             f"Edits one after the other, all measured anew at every checkpoint on up to {n} edited and "
             f"{len(result.run['held'])} held-out facts; bands are 95 % bootstrap intervals over facts. Growth: of "
             "the changed matrix that grew most. Drift: mean distance in layers between the causal trace's centre of mass now and "
-            "before any edit, on held-out facts."
+            f"before any edit, on held-out facts whose trace is still there{_gone(drift)}."
         ),
     )
 
 
 def _lines(rows: pd.DataFrame, title: str, y_title: str) -> LinePlot:
-    columns = [name for name in ("series", "x", "y", "low", "high") if name in rows]
+    columns = [name for name in ("series", "x", "y", "low", "high", "note") if name in rows]
     return LinePlot(
         rows=rows[columns].reset_index(drop=True), x_title="Edits", y_title=y_title, title=title, log_x=True
     )
+
+
+def _gone(drift: pd.DataFrame) -> str:
+    """How many traces are gone at the last checkpoint of any editor, for the caption."""
+    if drift.empty:
+        return ""
+    last = drift[drift["edits"] == drift["edits"].max()]
+    lost = last["shift"].isna().groupby(last["editor"], sort=False).sum()
+    told = ", ".join(f"{n} of {editor}'s" for editor, n in lost.items() if n)
+    return f" (gone after {int(drift['edits'].max())} edits: {told})" if told else ""
 
 
 def summary(result: Result) -> str:
@@ -224,7 +247,9 @@ def summary(result: Result) -> str:
         beside = int(now["beside"].sum())
         grown = f"{beside} numbers beside the weights" if beside else f"weights x{now['growth'].max():.3g}"
         moved = drift[(drift["editor"] == editor) & (drift["edits"] == last["edits"])] if len(drift) else drift
-        shift = f", trace moved by {moved['shift'].abs().mean():.2f} layers" if len(moved) else ""
+        left = moved["shift"].dropna().abs() if len(moved) else moved
+        shift = f", trace moved by {left.mean():.2f} layers" if len(left) else ""
+        shift += f" ({len(left)} of {len(moved)} facts still traceable)" if len(left) < len(moved) else ""
         values = ", ".join(f"{name} {last[name]:.2f}" for name in TRIANGLE)
         lines.append(f"{editor}, edits: {int(last['edits'])}: {values}; {grown}{shift}.")
     best = corners[corners["edits"] == corners["edits"].max()].sort_values("weakest").iloc[-1]
@@ -247,6 +272,12 @@ class _Before:
     answers: Mapping[str, int]
     """By prompt the next token."""
 
+    kept: Mapping[str, Sequence[tuple[str, str]]]
+    """By fact of the stream, measures and prompts of what no edit of it should change."""
+
+    traced: tuple[Fact, ...]
+    """The held-out facts whose trace is drawn, each with the answer that it follows."""
+
     centres: Mapping[str, float]
     """By traced fact the centre of mass of its causal trace."""
 
@@ -257,17 +288,26 @@ class _Before:
         cls, lm: LM, stream: Sequence[Fact], held: Sequence[Fact], *, traced: int, samples: int, store: Store | None,
         left_out: dict[str, str],
     ) -> _Before:  # fmt: skip
-        probes = [probe for fact in stream for probe in _kept(fact, stream)] + [p for fact in held for p in _own(fact)]
+        kept = _kept(stream)
+        probes = [probe for own in kept.values() for probe in own] + [p for fact in held for p in _own(fact)]
         prompts = list(dict.fromkeys(probe for _, probe in probes))
         trace = CausalTrace.fitted(lm, kinds=("mlp_out",), samples=samples)
-        centres = {}
+        centres, followed = {}, []
         for fact in held[:traced]:
             try:
+                if not fact.target_true:  # what the model says now is traced later too
+                    said = next_tokens(lm, [fact.text])[0]
+                    fact = replace(fact, target_true=lm.word(said).strip())
                 centres[fact.id] = _centre(lm, trace, fact, store)
             except InputError as error:
                 left_out[f"CausalTrace: {fact.id}"] = str(error)
+            else:
+                followed.append(fact)
         answers = dict(zip(prompts, next_tokens(lm, prompts), strict=True))
-        return cls(stream=tuple(stream), held=tuple(held), answers=answers, centres=centres, trace=trace)
+        return cls(
+            stream=tuple(stream), held=tuple(held), answers=answers, kept=kept, traced=tuple(followed), centres=centres,
+            trace=trace,
+        )  # fmt: skip
 
     def measure(self, lm: LM, n: int) -> pd.DataFrame:
         """Every measure of every fact after n edits, which are on the model."""
@@ -276,7 +316,7 @@ class _Before:
         asked += [(f, "edited", "generalisation", text, f.target_new or "") for f in edited for text in f.paraphrases]
         asked += [(f, "held out", "recall", f.text, f.target_true) for f in self.held if f.target_true]
         right = is_said(lm, [one[3] for one in asked], [one[4] for one in asked])
-        kept = [(f, "edited", measure, text) for f in edited for measure, text in _kept(f, self.stream)]
+        kept = [(f, "edited", measure, text) for f in edited for measure, text in self.kept[f.id]]
         kept += [(f, "held out", measure, text) for f in self.held for measure, text in _own(f)]
         prompts = list(dict.fromkeys(one[3] for one in kept))
         now = dict(zip(prompts, next_tokens(lm, prompts), strict=True))
@@ -290,26 +330,28 @@ class _Before:
     def drift(self, lm: LM, n: int, *, label: str, left_out: dict[str, str]) -> pd.DataFrame:
         """Where the held-out facts are located after n edits, which are on the model."""
         rows = []
-        for fact in self.held:
-            if fact.id in self.centres:
-                try:
-                    centre = _centre(lm, self.trace, fact, None)
-                except InputError as error:
-                    left_out[f"{label}: CausalTrace of {fact.id} after {n} edits"] = str(error)
-                    continue
-                before = self.centres[fact.id]
-                rows.append({"edits": n, "fact": fact.id, "centre": centre, "before": before, "shift": centre - before})
+        for fact in self.traced:
+            try:
+                centre = _centre(lm, self.trace, fact, None)
+            except InputError as error:
+                left_out[f"{label}: CausalTrace of {fact.id} after {n} edits"] = str(error)
+                centre = float("nan")
+            before = self.centres[fact.id]
+            rows.append({"edits": n, "fact": fact.id, "centre": centre, "before": before, "shift": centre - before})
         drift: pd.DataFrame = pd.DataFrame(rows, columns=["edits", "fact", "centre", "before", "shift"])
         return drift
 
 
-def _kept(fact: Fact, stream: Sequence[Fact]) -> list[tuple[str, str]]:
-    """Prompts about what an edit of this fact should leave alone and no other edit of the stream is about."""
+def _kept(stream: Sequence[Fact]) -> dict[str, list[tuple[str, str]]]:
+    """By fact, prompts about what an edit of it should leave alone and no other edit of the stream is about."""
     subjects = {one.subject for one in stream}
-    near = [probe.prompt for probe in fact.neighbors if not any(subject in probe.prompt for subject in subjects)]
     edited = {one.text for one in stream} | {text for one in stream for text in one.paraphrases}
-    others = [probe.prompt for probe in fact.locality if probe.prompt not in edited]
-    return [("neighborhood", text) for text in near] + [("other_relations", text) for text in others]
+    found = {}
+    for fact in stream:
+        near = [probe.prompt for probe in fact.neighbors if not any(subject in probe.prompt for subject in subjects)]
+        others = [probe.prompt for probe in fact.locality if probe.prompt not in edited]
+        found[fact.id] = [("neighborhood", text) for text in near] + [("other_relations", text) for text in others]
+    return found
 
 
 def _own(fact: Fact) -> list[tuple[str, str]]:
@@ -350,12 +392,14 @@ def _of_one(
     store: Store | None,
 ) -> Iterator[Result]:  # fmt: skip
     """The checkpoints of one editor, from the store where they are there."""
+    whole = question_key({"facts": [record(fact) for fact in (*stream, *before.held)]})
     asked = {
         n: manifest(
             "Lifelong checkpoint", model=lm.protocol, facts=stream[:n],
             parameters={
                 "editor": repr(editor), "edits": n, "stream": [fact.id for fact in stream],
-                "held": [fact.id for fact in before.held], "traced": list(before.centres), "trace": repr(before.trace),
+                "held": [fact.id for fact in before.held], "stream and held": whole, "traced": list(before.centres),
+                "trace": repr(before.trace),
             },
         )
         for n in steps

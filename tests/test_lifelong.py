@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+import analyses.lifelong as module
 from analyses.answers import is_said, next_tokens
 from analyses.intervals import means_by
 from analyses.lifelong import SAVED_EVERY, chart, edited_stream, lifelong, norms, reachable, split, summary, triangle
@@ -59,6 +61,45 @@ def test_a_quarter_of_the_facts_is_held_out_at_most() -> None:
     assert split(MANY, held_out=2, seed=0) == split(MANY, held_out=2, seed=0)
     with pytest.raises(FactError, match="at least 2"):
         split(MANY[:1], held_out=1, seed=0)
+
+
+def test_no_subject_is_edited_and_held_out() -> None:
+    facts = load_facts("organism-tiny")
+    stream, held = split(facts, held_out=20, seed=0)
+    assert len(held) == 20
+    assert not {fact.subject for fact in stream} & {fact.subject for fact in held}
+
+
+def test_a_corrected_fact_is_measured_anew(tmp_path: Path) -> None:
+    lm, store = tiny_lm("gpt2"), Store(folder=tmp_path)
+    facts = [replace(SAID, target_new="Rome", id="said"), *MANY[:3]]
+    options: Any = {"editors": ("InContext",), "checkpoints": (1,), "held_out": 1, "traced": 0, "store": store}
+    held = lifelong(lm, facts, **options).run["held"]
+    n = len(store.manifests())
+    lifelong(lm, facts, **options)
+    assert len(store.manifests()) == n
+    lifelong(lm, [replace(fact, paraphrases=("Where it is:",)) if fact.id in held else fact for fact in facts], **options)
+    assert len(store.manifests()) > n
+
+
+def test_a_trace_that_is_gone_has_a_row_and_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    centres = iter([3.0, 2.0])
+
+    def centre(*_: object) -> float:
+        found = next(centres, None)
+        if found is None:
+            raise InputError("It is gone.")
+        return found
+
+    monkeypatch.setattr(module, "_centre", centre)
+    facts = load_facts("organism-tiny")[:40:5]
+    result = lifelong(load("organism-tiny", device="cpu"), facts, editors=("FineTune",), checkpoints=(1, 2), traced=1)
+    drift = result.extras["drift"]
+    assert drift["edits"].tolist() == [1, 2]
+    assert drift["shift"].iloc[0] == -1
+    assert drift["shift"].isna().iloc[1]
+    assert "0 of 1 facts still traceable" in summary(result)
+    assert "gone after 2 edits: 1 of FineTune's" in chart(result).caption
 
 
 def test_checkpoints_end_with_the_facts() -> None:
