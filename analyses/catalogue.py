@@ -7,6 +7,7 @@ Such an analysis is a module with a function of the module's own name, `(lm, fac
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import json
 import re
@@ -54,11 +55,10 @@ class Analysis:
         """
         from workbench.locators.base import peak_memory
 
-        known = {field.name: field.default for field in self.form}
+        known = [field.name for field in self.form]
         if unknown := sorted(set(options) - set(known)):
             raise FactError(f"{self.name} has no option {unknown[0]!r}. It has {', '.join(known) or 'none'}.")
-        parameters = json.loads(json.dumps({**known, **options}))  # as they are read back
-        asked = manifest(self.name, model=lm.protocol, parameters=parameters, facts=facts)
+        asked = self.question(lm.protocol, facts, options)
         if store is not None and (found := store.find(asked, Result)) is not None:
             return found
         began = time.perf_counter()
@@ -69,6 +69,12 @@ class Analysis:
         if store is not None:
             store.save(found)
         return found
+
+    def question(self, model: Mapping[str, Any], facts: Sequence[Fact], options: Mapping[str, Any]) -> dict[str, Any]:
+        """What is asked, as the store knows it: of this model and these facts, by the code as it is now."""
+        known = {field.name: field.default for field in self.form}
+        parameters = json.loads(json.dumps({**known, **options}))  # as they are read back
+        return manifest(self.name, model=model, parameters={**parameters, "revision": _revision()}, facts=facts)
 
     def chart(self, result: Result) -> Chart:
         """Its figure."""
@@ -83,6 +89,13 @@ class Analysis:
     @property
     def _module(self) -> Any:
         return importlib.import_module(f"analyses.{self.name}")
+
+
+@cache
+def _revision() -> str:
+    """Changes with the code of the analyses, so that no table outlives it; edits, traces and other pieces of one are kept."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=4).hexdigest()
 
 
 @cache

@@ -81,7 +81,9 @@ def layers_to_edit(
         - `curve`: layer, value (mean indirect effect in probability), low, high, n (facts)
         - `places`: editor, first, last, `MEASURES` (means over facts), score, low, high, n
         - `recommended`: editor, by (`trace` or `sweep`), layers, score there, low, high, as_good (places within the interval of the
-          best one), of (places), yaml (the file of EasyEdit; empty where EasyEdit has no such method)
+          best one), of (places), yaml (the file of EasyEdit; empty where EasyEdit has no such method). The sweep's score is that of
+          each fact at the place which the others choose, so that no fact is scored at a place that it has chosen itself; NaN for
+          a single fact.
 
     Raises:
         FactError: an editor has no layers to choose, no fact can be traced or edited, or a number is below its least.
@@ -104,9 +106,15 @@ def layers_to_edit(
         raise FactError(f"No fact could be edited. The first reason: {next(iter(left_out.values()), 'none')}")
     places = _places(table, resamples=resamples, seed=seed)
     recommended = [
-        {"editor": name, "by": by, "layers": layers, **_score_at(places, name, layers), "yaml": _yaml(lm, methods[name], layers)}
+        {
+            "editor": name, "by": by, "layers": layers, **_score_at(places, name, layers), **held,
+            "yaml": _yaml(lm, methods[name], layers),
+        }
         for name in dict.fromkeys(places["editor"])
-        for by, layers in (("trace", list(traced[widths[name]].layers)), ("sweep", _best(places, name)))
+        for by, layers, held in (
+            ("trace", list(traced[widths[name]].layers), {}),
+            ("sweep", _best(places, name), _chosen_by_others(table[table["editor"] == name], resamples=resamples, seed=seed)),
+        )
     ]  # fmt: skip
     told = pd.DataFrame(recommended)
     told["layers"] = [", ".join(map(str, layers)) for layers in told["layers"]]
@@ -320,6 +328,20 @@ def _best(places: pd.DataFrame, editor: str) -> list[int]:
     return list(range(int(row["first"]), int(row["last"]) + 1))
 
 
+def _chosen_by_others(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, float]:
+    """One editor's score and its interval, of each fact at the place where the other facts are edited best."""
+    parts = []
+    for fact in table["fact"].unique():
+        others = table[table["fact"] != fact]
+        if len(others):
+            first = _best(_places(others, resamples=1, seed=seed), others["editor"].iloc[0])[0]
+            parts.append(table[(table["fact"] == fact) & (table["first"] == first)])
+    if not parts:
+        return dict.fromkeys(("score", "low", "high"), np.nan)
+    scored = _places(pd.concat(parts).assign(first=0, last=0), resamples=resamples, seed=seed).iloc[0]
+    return {name: float(scored[name]) for name in ("score", "low", "high")}
+
+
 def _score_at(places: pd.DataFrame, editor: str, layers: Sequence[int]) -> dict[str, Any]:
     """How edits of these layers turned out; NaN where none was made there."""
     own = places[places["editor"] == editor]
@@ -344,4 +366,4 @@ def _yaml(lm: LM, editor: Editor, layers: Sequence[int]) -> str:
 def _told(row: Mapping[Any, Any]) -> str:
     value = row["score"] if "score" in row else row["value"]
     ends = f" [{row['low']:.2f}, {row['high']:.2f}]" if np.isfinite(row["low"]) else ""
-    return f"{value:.2f}{ends}"
+    return f"{value:.2f}{ends}" if np.isfinite(value) else "not known of a single fact"

@@ -116,9 +116,9 @@ def planted(
 
     Returns:
         One row a number, with part (`locators`, `editors`, `inserted`), who (locator or editor), by (`default` and `best`;
-        `below`, `inside` and `above`; the editor), where (the aggregation; empty; the layer), measure, value (mean over facts),
-        low, high (95 % percentile bootstrap over facts) and n. Extras by fact: `locators`, `edits`, `inserted`; and `methods`, see
-        `locate_each`.
+        `below`, `inside`, `above`, or `across` an edge; the editor), where (the aggregation; empty; the layer), measure, value
+        (mean over facts), low, high (95 % percentile bootstrap over facts) and n. Extras by fact: `locators`, `edits`, `inserted`;
+        and `methods`, see `locate_each`.
 
     Raises:
         InputError: no fact can be used.
@@ -227,7 +227,7 @@ def _edited(
     left_out: dict[str, str],
     store: Store | None,
 ) -> pd.DataFrame:
-    """A row an editor, fact and layer with `EDIT_MEASURES`, `p_new`, and whether the layer is below, inside or above the band."""
+    """A row an editor, fact and layer with `EDIT_MEASURES`, `p_new`, and where what is changed lies: see `place_of`."""
     width = spread_over(lm)
     moments: dict[str, Moments] = {}
     chosen = {name: layer_editor(lm, name, bound=bound) for name in editors}
@@ -250,8 +250,20 @@ def _edited(
     whole: pd.DataFrame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if not parts:
         return whole
-    whole["place"] = np.select([whole["layer"] < band.start, whole["layer"] >= band.stop], ["below", "above"], "inside")
+    spans = {name: spans_of(lm, name, width=width) for name in editors}
+    whole["place"] = [
+        place_of(spans[name][layer], band) for name, layer in zip(whole["editor"], whole["layer"], strict=True)
+    ]
     return whole
+
+
+def place_of(span: range, band: range) -> str:
+    """Whether changed layers lie `below`, `inside` or `above` the band; `across` its edge where some of them are in it."""
+    if span.stop <= band.start:
+        return "below"
+    if span.start >= band.stop:
+        return "above"
+    return "inside" if span.start >= band.start and span.stop <= band.stop else "across"
 
 
 def _success(lm: LM, fact: Fact, editors: Any, moments: dict[str, Moments], width: int, probes: int) -> pd.DataFrame:
@@ -319,12 +331,14 @@ def _inserted(
         span = spans_of(lm, name, width=width)[layer]
         try:
             edit = edit_one(lm, _at(lm, name, span, bound), fact, store=store)
-            found = _profiles(_asked_of(lm, edit, ask, fact, reference, store))
+            after = _asked_of(lm, edit, ask, fact, reference, store)
         except InputError as error:
             left_out[f"{name} at {layer}: {fact.id}"] = str(error)
             continue
+        for missed in after.methods[after.methods["left_out"] > 0].to_dict("records"):
+            left_out[f"{missed['method']} after {name} at {layer}: {fact.id}"] = str(missed["reason"])
         inside = np.isin(np.arange(lm.n_layers), span)
-        for (method, _), values in found.items():
+        for (method, _), values in _profiles(after).items():
             against = against_band(values, inside) if not inside.all() else {"hit": 1.0, "distance": 0.0}
             before = untouched.get((method, fact.id))
             rows.append({
@@ -369,6 +383,8 @@ def _hit(values: Float[np.ndarray, " layer"], inside: np.ndarray) -> float:
 
 def _looked_for(each: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
+    known = each["untouched"].notna().groupby([each["locator"], each["editor"]]).transform("any")
+    each = each[each["untouched"].notna() | ~known]  # with and without the edit, the same facts
     for (locator, editor, layer), own in each.groupby(["locator", "editor", "layer"], sort=False):
         values = {measure: own[measure].to_numpy() for measure in ("hit", "distance", "untouched")}
         rows += _rows("inserted", str(locator), str(editor), str(layer), values, resamples, seed)
@@ -448,7 +464,7 @@ def summary(result: Result) -> str:
         lines += [f"  {row['who']:>22} {row['by']:>7} {cell(row)}  {row['where']}" for row in own.to_dict("records")]
     own = table[table["part"] == "editors"]
     if len(own):
-        lines.append("Edits at layers below, inside and above the band (means over layers):")
+        lines.append("Edits of layers below, across an edge of, inside and above the band (means over layers):")
         for (editor, measure), rows in own[own["measure"] != "p_new"].groupby(["who", "measure"], sort=False):
             told = ", ".join(f"{row['by']} {cell(row)}" for row in rows.to_dict("records"))
             lines.append(f"  {editor:>5} {measure:>11}: {told}")

@@ -14,7 +14,7 @@ from workbench.errors import InputError
 from workbench.facts import Fact, FactError
 from workbench.locators import Locator, locate
 from workbench.models import LM
-from workbench.profiles import layer_profiles, method_names
+from workbench.profiles import has_role, layer_profiles, method_names
 from workbench.progress import track
 from workbench.results import Footprint, Result, join, manifest
 from workbench.sites import Role
@@ -72,7 +72,7 @@ class Located:
                 profiles = layer_profiles([footprint], kinds=[kind], token=token)
                 values = profiles.pivot(index="fact", columns="layer", values="value").reindex(columns=range(n_layers))
                 values = values.reindex(profiles["fact"].unique())
-                neurons = _neurons(footprint, kind, values.index)
+                neurons = _neurons(footprint, kind, values.index, token)
                 found.append(Series(method=method, label=f"{method} {kind}", kind=kind, values=values, neurons=neurons))
         return found
 
@@ -144,13 +144,21 @@ def locate_each(
 
 
 def _has(footprint: Footprint, kind: str, token: Role) -> bool:
-    rows = footprint.of(kind=kind)
-    return bool((rows["position"].isna() | (rows["token"] == token)).any())
+    return bool(_of_role(footprint.of(kind=kind), token).any())
 
 
-def _neurons(footprint: Footprint, kind: str, facts: pd.Index[str]) -> Float[np.ndarray, "fact neuron"] | None:
-    """Each neuron's largest value over tokens."""
+def _of_role(rows: pd.DataFrame, token: Role) -> pd.Series:
+    """Which rows are of a token of this role, or of no token."""
+    found: pd.Series = rows["position"].isna() | has_role(rows["token"], token)
+    return found
+
+
+def _neurons(
+    footprint: Footprint, kind: str, facts: pd.Index[str], token: Role | None
+) -> Float[np.ndarray, "fact neuron"] | None:
+    """Each neuron's largest value over tokens, or over those of a role."""
     rows = footprint.neurons(kind=kind)
+    rows = rows[rows["fact"].isin(facts) & (True if token is None else _of_role(rows, token))]
     if rows.empty:
         return None
     best = rows.groupby(["fact", "layer", "neuron"])["value"].max().reset_index()

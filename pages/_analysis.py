@@ -29,7 +29,7 @@ from workbench.errors import InputError
 from workbench.facts import Fact, FactError
 from workbench.forms import FormField, methods_of
 from workbench.jobs import Job, ModelChoice
-from workbench.results import Result, manifest, question_key
+from workbench.results import Result, question_key
 
 if TYPE_CHECKING:
     from workbench.models import LM
@@ -71,7 +71,7 @@ class Question:
     @property
     def key(self) -> str:
         """Names the question, also before the model is there."""
-        return f"{self.choice.name}-{self.choice.dtype}-{question_key(self._asked({}))}"
+        return f"{self.choice.name}-{self.choice.dtype}-{question_key(self.analysis.question({}, self.facts, self.options))}"
 
     @property
     def title(self) -> str:
@@ -97,11 +97,7 @@ class Question:
 
     def find(self, lm: LM) -> Result | None:
         """The answer, where it is stored."""
-        return parts.store().find(self._asked(lm.protocol), Result)
-
-    def _asked(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        known = {field.name: field.default for field in self.analysis.form}
-        return manifest(self.analysis.name, model=model, parameters={**known, **self.options}, facts=self.facts)
+        return parts.store().find(self.analysis.question(lm.protocol, self.facts, self.options), Result)
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------

@@ -77,8 +77,9 @@ def test_the_trace_recommends_what_editors_take_themselves(result: Result) -> No
 def test_the_sweep_recommends_the_best_place(result: Result) -> None:
     places = result.extras["places"]
     row = result.extras["recommended"].set_index("by").loc["sweep"]
-    assert row["score"] == places["score"].max()
-    assert places.loc[places["score"] == row["score"], "first"].min() == int(row["layers"])
+    best = places["score"].max()
+    assert places.loc[places["score"] == best, "first"].min() == int(row["layers"])
+    assert row["score"] <= best, "a fact is scored where the others are edited best"
     assert 1 <= row["as_good"] <= row["of"] == 4
     means = result.table.groupby("first")[["efficacy", "paraphrase", "neighborhood"]].mean()
     assert places.set_index("first")["score"].to_dict() == pytest.approx(
@@ -97,6 +98,23 @@ def test_of_equal_places_the_lower_one_is_taken_and_worse_ones_are_told() -> Non
     told = module._score_at(places, "A", [0, 1])
     assert told["score"] == pytest.approx(stats.hmean([1, 0.2, 1]))
     assert (told["as_good"], told["of"]) == (2, 3)
+
+
+def test_no_fact_is_scored_at_a_place_that_it_has_chosen() -> None:
+    """Each fact is edited well at a place of its own alone, so the others choose wrong for it."""
+    rows = [
+        {"editor": "A", "first": first, "last": first, "fact": fact, "efficacy": 1.0, "paraphrase": value,
+         "neighborhood": 1.0, "specificity": 1.0}
+        for first, well in enumerate("abc") for fact in "abc" for value in [1.0 if fact == well else 0.1]
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    assert module._places(table, resamples=10, seed=0)["score"].tolist() == pytest.approx(
+        [stats.hmean([1, 0.4, 1])] * 3
+    )
+    held = module._chosen_by_others(table, resamples=10, seed=0)
+    assert held["score"] == pytest.approx(stats.hmean([1, 0.1, 1]))
+    single = module._chosen_by_others(table[table["fact"] == "a"], resamples=10, seed=0)
+    assert np.isnan(single["score"])
 
 
 def test_the_files_are_read_back_as_the_editor_at_these_layers(result: Result, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +32,7 @@ from analyses.locating_effectiveness import (
     relative_deviation,
     relative_similarity,
 )
-from analyses.series import locate_each, top
+from analyses.series import _neurons, locate_each, top
 from tests.examples import SAID, ZURICH
 from workbench.facts import FactError
 from workbench.loading import load
@@ -192,6 +194,22 @@ def test_klobs_criteria_for_every_series_and_size() -> None:
     assert list(unbiased["method"]) == ["CausalTrace", "HardConcrete"]
     assert unbiased["k"].isna().all()
     assert len(effectiveness_markdown(result, ks=(1, 2)).splitlines()) == 2 + 2
+
+
+def test_neurons_of_a_role_are_those_of_its_tokens_in_the_facts_that_have_it() -> None:
+    rows = [
+        ("a", 0, 1, "subject_last", 0, 0.9), ("a", 0, 1, "subject_last", 1, 0.1), ("a", 0, 2, "last", 0, 0.3), ("a", 0, 2, "last", 1, 0.2),
+        ("b", 0, 1, "subject_last", 0, 8), ("b", 0, 1, "subject_last", 1, 7),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["fact", "layer", "position", "token", "neuron", "value"])
+    footprint: Any = SimpleNamespace(neurons=lambda kind: table)
+
+    def read(facts: pd.Index[str], token: Any) -> Any:
+        return _neurons(footprint, "mlp_post", facts, token)
+
+    np.testing.assert_array_equal(read(pd.Index(["a"]), "last"), [[0.3, 0.2]])
+    np.testing.assert_array_equal(read(pd.Index(["a", "b"]), None), [[0.9, 0.2], [8, 7]])
+    assert read(pd.Index(["c"]), "last") is None
 
 
 def test_a_fact_that_a_method_cannot_locate_costs_only_itself() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import analyses.planted as module
@@ -114,9 +116,36 @@ def test_a_locator_that_points_at_the_change_finds_it(monkeypatch: pytest.Monkey
     edited = {("hand", FACTS[0].id): np.array([1.0, 0.0, 0.5, 0.0])}
     answers = iter([own, edited])
     monkeypatch.setattr(module, "_profiles", lambda located: next(answers))
-    monkeypatch.setattr(module, "_asked_of", lambda *_: None)
+    monkeypatch.setattr(module, "_asked_of", lambda *_: result_of(pd.DataFrame({"left_out": [0]})))
     found = module._inserted(lm, FACTS[:1], FACTS, [], ("FT",), [0], None, None, {}, None)  # type: ignore[arg-type]
     assert found[["hit", "distance", "untouched"]].to_numpy().tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_a_locator_that_cannot_follow_an_edit_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = pd.DataFrame({"method": ["CausalTrace"], "left_out": [1], "reason": ["No effect."]})
+    monkeypatch.setattr(module, "_profiles", lambda located: {})
+    monkeypatch.setattr(module, "_asked_of", lambda *_: result_of(refused))
+    left_out: dict[str, str] = {}
+    module._inserted(organism(), FACTS[:1], FACTS, [], ("FT",), [0], None, None, left_out, None)  # type: ignore[arg-type]
+    assert left_out == {f"CausalTrace after FT at 0: {FACTS[0].id}": "No effect."}
+
+
+def result_of(methods: pd.DataFrame) -> Any:
+    """What was located, as far as its methods."""
+    return SimpleNamespace(methods=methods)
+
+
+@pytest.mark.parametrize(
+    ("span", "place"),
+    [((0, 4), "below"), ((2, 5), "across"), ((4, 7), "inside"), ((6, 9), "across"), ((7, 10), "above")],
+)
+def test_a_window_that_touches_the_band_is_not_below_it(span: tuple[int, int], place: str) -> None:
+    assert module.place_of(range(*span), range(4, 7)) == place
+
+
+def test_the_subject_is_one_of_the_ways_to_read_a_map(result: Result) -> None:
+    each = result.extras["locators"]
+    assert set(each.loc[each["method"] == "RepresentationZeroing", "tokens"]) == set(module.TOKENS)
 
 
 def test_chart_and_summary(result: Result) -> None:
