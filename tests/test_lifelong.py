@@ -78,7 +78,9 @@ def test_a_corrected_fact_is_measured_anew(tmp_path: Path) -> None:
     n = len(store.manifests())
     lifelong(lm, facts, **options)
     assert len(store.manifests()) == n
-    lifelong(lm, [replace(fact, paraphrases=("Where it is:",)) if fact.id in held else fact for fact in facts], **options)
+    lifelong(
+        lm, [replace(fact, paraphrases=("Where it is:",)) if fact.id in held else fact for fact in facts], **options
+    )
     assert len(store.manifests()) > n
 
 

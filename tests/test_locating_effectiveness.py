@@ -198,7 +198,8 @@ def test_klobs_criteria_for_every_series_and_size() -> None:
 
 def test_neurons_of_a_role_are_those_of_its_tokens_in_the_facts_that_have_it() -> None:
     rows = [
-        ("a", 0, 1, "subject_last", 0, 0.9), ("a", 0, 1, "subject_last", 1, 0.1), ("a", 0, 2, "last", 0, 0.3), ("a", 0, 2, "last", 1, 0.2),
+        ("a", 0, 1, "subject_last", 0, 0.9), ("a", 0, 1, "subject_last", 1, 0.1),
+        ("a", 0, 2, "last", 0, 0.3), ("a", 0, 2, "last", 1, 0.2),
         ("b", 0, 1, "subject_last", 0, 8), ("b", 0, 1, "subject_last", 1, 7),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["fact", "layer", "position", "token", "neuron", "value"])
