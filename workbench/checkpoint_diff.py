@@ -1,7 +1,8 @@
 """What differs between two checkpoints: read piece by piece, so that neither model is ever held in memory.
 
 Both may be folders of safetensors or of PyTorch's `.bin` files, sharded or not; the edited one also a folder with a PEFT adapter of
-the LoRA kind. Names are matched with or without a leading `model.`, `transformer.` or the like, since libraries differ in them.
+the LoRA kind (Hu et al. 2021, arXiv 2106.09685), with the whole tensors that PEFT saves beside it. Names are matched with or
+without a leading `model.`, `transformer.` or the like, since libraries differ in them.
 
 For each tensor: the Frobenius norm of the change, its share of the base's, and from a random sketch of 32 directions (Halko et al.
 2011, arXiv 0909.4061) how much of the change few directions hold. A change whose sketch holds all of it has at most that rank.
@@ -13,7 +14,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ AT_ONCE = 2**24
 HELD = 1 - 1e-6
 """Share of the change from which on the sketch is said to hold all of it."""
 
+FEW = 0.25
+"""A change of at most this part of its full rank is of low rank."""
+
 
 class DiffError(InputError):
     """Checkpoints that cannot be compared; the message says what was expected, what came and what to do."""
@@ -54,6 +58,9 @@ class Checkpoint:
 
     rows: Callable[[str, int, int], Tensor]
     """Of a tensor by name, the rows from the first to before the second number; a tensor without dimensions has one."""
+
+    added: Callable[[str, int, int], Tensor | None] = lambda _name, _first, _stop: None
+    """What stands beside these rows and is added to them, in float32 and never rounded to their dtype; None: nothing."""
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
@@ -105,11 +112,13 @@ def diff_checkpoints(base: Path | str, edited: Path | str, *, seed: int = 0) -> 
         One row a tensor in the base's order: `tensor`, `layer` (0-based, -1 outside of the blocks), `module`, `shape`, `changed`,
         `norm`, `base_norm`, `relative` (|dW| / |W|), `largest` (of |dW|'s entries), `cosine`, `sketch` (share of |dW|^2 in its best
         32 directions), `rank` (where those hold all of it, else missing), `stable_rank`, `top_rows` and `top_columns` (share of
-        |dW|^2 in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count. The
-        manifest has `verdict`, and `only_base` and `only_edited`: tensors without a counterpart.
+        |dW|^2 in the 5 most changed). Where dtypes differ, what rounding to the coarser one explains does not count; what an
+        adapter adds is never rounded. The manifest has `verdict`, and `only_base` and `only_edited`: tensors without a
+        counterpart.
 
     Raises:
-        DiffError: nothing to compare: no weights, other shapes, or no name in common.
+        DiffError: nothing to compare: no weights, other shapes, or no name in common; or an adapter that does more than to add
+            products of two matrices to its model's weights, or to replace tensors of it.
     """
     first = open_checkpoint(base)
     adapter = _adapter(Path(edited), first)
@@ -163,23 +172,36 @@ def chart(result: Result) -> Chart:
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """What kind of change it is, in a sentence."""
+    """What kind of change it is, in a sentence; only matrices are judged by their rank."""
     changed = table[table["changed"]]
     if changed.empty:
         return f"Nothing changed: all {len(table)} tensors are equal."
-    layers = sorted(set(changed.loc[changed["layer"] >= 0, "layer"]))
-    where = f"{len(changed)} of {len(table)} tensors, in {_layer_words(layers)}"
     matrices = changed[changed["shape"].map(len) == 2]
-    ranks = matrices["rank"].dropna()
-    if len(matrices) and len(ranks) == len(matrices):
-        most = int(ranks.max())
-        kind = "rank-one edit" if most == 1 else f"low-rank change (at most {most})"
-        if len(layers) == 1 and len(changed) == 1:
-            return f"A single matrix changed by a {kind}: {changed['tensor'].iloc[0]}."
-        return f"A {kind} of {where}."
-    if len(layers) == 1:
-        return f"A dense change of one layer: {where}."
-    return f"A dense change, as fine-tuning leaves: {where}."
+    if matrices.empty or not all(map(_is_low, matrices["rank"], matrices["shape"])):
+        where = _where(changed, table)
+        if changed.loc[changed["layer"] >= 0, "layer"].nunique() == 1:
+            return f"A dense change of one layer: {where}."
+        return f"A dense change, as fine-tuning leaves: {where}."
+    most, rest = int(matrices["rank"].max()), changed.drop(index=matrices.index)
+    kind = "rank-one edit" if most == 1 else f"low-rank change (at most {most})"
+    if len(matrices) == 1 and matrices["layer"].iloc[0] >= 0:
+        told = f"A single matrix changed by a {kind}: {matrices['tensor'].iloc[0]}."
+    else:
+        told = f"A {kind} of {_where(matrices, table)}."
+    if rest.empty:
+        return told
+    return f"{told} Changed beside it, and no matrix: {_where(rest, table)}, e.g. {rest['tensor'].iloc[0]}."
+
+
+def _is_low(rank: Any, shape: list[int]) -> bool:
+    """Whether a change of a matrix is of clearly lower rank than its shape allows."""
+    full = min(shape)
+    return not pd.isna(rank) and rank < full and (rank == 1 or rank <= FEW * full)
+
+
+def _where(rows: pd.DataFrame, table: pd.DataFrame) -> str:
+    layers = sorted(set(rows.loc[rows["layer"] >= 0, "layer"]))
+    return f"{len(rows)} of {len(table)} tensors, in {_layer_words(layers)}"
 
 
 def _layer_words(layers: list[int]) -> str:
@@ -250,7 +272,8 @@ def _pieces(first: Checkpoint, second: Checkpoint, name: str, other: str) -> Ite
             coarser = min(before.dtype, after.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
             before, after = before.to(coarser), after.to(coarser)
         old = before.float().reshape(len(before), -1)
-        yield old, after.float().reshape(len(after), -1) - old
+        delta, added = after.float().reshape(len(after), -1) - old, second.added(other, start, start + step)
+        yield old, delta if added is None else delta + added
 
 
 _PREFIX = re.compile(r"^(base_model\.model\.|module\.|transformer\.|model\.|gpt_neox\.)+")
@@ -263,6 +286,33 @@ def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, st
     return {name: other for name, other in found.items() if other is not None}
 
 
+_OTHER_KINDS = (
+    "use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "alora_invocation_tokens",
+    "layer_replication",
+)  # fmt: skip
+"""Settings of PEFT with which an adapter does something else than to add B A to weights."""
+
+_OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How `init_lora_weights` begins where PEFT changes the model's own weights before it puts the adapter on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Product:
+    """What LoRA adds to one matrix: scale * B A."""
+
+    a: str
+    """Name of A, (rank, in)."""
+
+    b: str
+    """Name of B, (out, rank)."""
+
+    scale: float
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+
+    turned: bool
+    """Whether the model keeps the matrix as (in, out)."""
+
+
 def _adapter(folder: Path, base: Checkpoint) -> Checkpoint | None:
     """The base with a LoRA adapter on it; None where the folder holds none.
 
@@ -271,46 +321,128 @@ def _adapter(folder: Path, base: Checkpoint) -> Checkpoint | None:
     """
     if not (folder / "adapter_config.json").is_file():
         return None
-    parts = open_checkpoint(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        if config.get("peft_type") != "LORA":
-            raise DiffError(
-                f"The adapter in {str(folder)!r} is of kind {config.get('peft_type')}, expected LORA. Merge it first."
-            )
-        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, DiffError):
-            raise
-        raise DiffError(
-            f"{str(folder / 'adapter_config.json')!r} tells no rank and scale. Save the adapter anew."
-        ) from error
+    config, parts = _lora_config(folder), open_checkpoint(folder)
     bare = {_PREFIX.sub("", name): name for name in base.shapes}
-    pairs: dict[str, tuple[str, str]] = {}
-    for name in parts.shapes:
-        if match := re.fullmatch(r"(.+)\.lora_A(?:\.default)?\.weight", name):
-            target = bare.get(_PREFIX.sub("", f"{match[1]}.weight"))
-            if target is None:
-                raise DiffError(
-                    f"The adapter changes {match[1]}, which {str(base.folder)!r} has not. Name its own model."
-                )
-            pairs[target] = (name, name.replace(".lora_A", ".lora_B"))
-    turned = bool(config.get("fan_in_fan_out"))
-    for target, (a_name, b_name) in pairs.items():
-        a_shape, b_shape = parts.shapes[a_name], parts.shapes.get(b_name, ())
-        shape = (b_shape[:1] + a_shape[1:])[:: -1 if turned else 1]
-        if shape != base.shapes[target] or b_shape[1:] != a_shape[:1]:
+    products = _products(config, parts, base=base, bare=bare)
+    used = {name for product in products.values() for name in (product.a, product.b)}
+    whole: dict[str, str] = {}
+    for name in (name for name in parts.shapes if name not in used):
+        plain = name.replace(".base_layer.", ".")
+        target = bare.get(_PREFIX.sub("", plain), "")
+        if parts.shapes[name] != base.shapes.get(target) or (plain == name and target in products):
             raise DiffError(
-                f"The adapter's change of {target} has shape {shape}, expected {base.shapes[target]}. Name its own model."
+                f"The adapter in {str(folder)!r} holds {name}, expected pairs of lora_A and lora_B and whole tensors in the place "
+                f"of some of {str(base.folder)!r}. Merge it into its model first, and name that folder."
             )
+        whole[target] = name
 
     def rows(name: str, first: int, stop: int) -> Tensor:
-        before = base.rows(name, first, stop)
-        if name not in pairs:
-            return before
-        a, b = (parts.rows(part, 0, parts.shapes[part][0]).float() for part in pairs[name])
-        delta = scale * (a.T[first:stop] @ b.T if turned else b[first:stop] @ a)
-        after: Tensor = before.float() + delta  # not rounded: an adapter stands beside the weights
-        return after
+        return parts.rows(whole[name], first, stop) if name in whole else base.rows(name, first, stop)
 
-    return Checkpoint(folder=folder, shapes=dict(base.shapes), rows=rows)
+    def added(name: str, first: int, stop: int) -> Tensor | None:
+        if name not in products:
+            return None
+        one = products[name]
+        a, b = (parts.rows(part, 0, parts.shapes[part][0]).float() for part in (one.a, one.b))
+        return one.scale * (a.T[first:stop] @ b.T if one.turned else b[first:stop] @ a)
+
+    return Checkpoint(folder=folder, shapes=dict(base.shapes), rows=rows, added=added)
+
+
+def _lora_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of a plain LoRA adapter.
+
+    Raises:
+        DiffError: it cannot be read, or is of another kind.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DiffError(f"{str(file)!r} cannot be read: {error}. Save the adapter anew.") from error
+    if not isinstance(config, dict):
+        raise DiffError(f"{str(file)!r} holds a {type(config).__name__}, expected settings. Save the adapter anew.")
+    if config.get("peft_type") != "LORA":
+        raise DiffError(
+            f"The adapter in {str(folder)!r} is of kind {config.get('peft_type')}, expected LORA. Merge it first."
+        )
+    start = config.get("init_lora_weights")
+    other = [name for name in _OTHER_KINDS if config.get(name)]
+    if isinstance(start, str) and start.lower().startswith(_OTHER_STARTS):
+        other.append("init_lora_weights")
+    if other:
+        raise DiffError(
+            f"The adapter in {str(folder)!r} has {other[0]} = {config[other[0]]!r}, expected plain LoRA. Merge it into its model "
+            "first, and name that folder."
+        )
+    return config
+
+
+def _products(
+    config: Mapping[str, Any], parts: Checkpoint, *, base: Checkpoint, bare: Mapping[str, str]
+) -> dict[str, _Product]:
+    """By the base's names, what the adapter adds; alpha and rank of each by PEFT's own rules.
+
+    Args:
+        config: PEFT's.
+        parts: the adapter's tensors.
+        base: the model's.
+        bare: by a name without its prefix, the base's name.
+
+    Raises:
+        DiffError: a pair that does not fit the base or the configuration.
+    """
+    found: dict[str, _Product] = {}
+    turned: dict[str, bool] = {}
+    for name, a_shape in parts.shapes.items():
+        match = re.fullmatch(r"(.+)\.lora_A(?:\.default)?\.weight", name)
+        if match is None:
+            continue
+        target = bare.get(_PREFIX.sub("", f"{match[1]}.weight"))
+        if target is None:
+            raise DiffError(
+                f"The adapter changes {match[1]}, which {str(base.folder)!r} has not. Name its own model, or merge it first."
+            )
+        b_name = name.replace(".lora_A", ".lora_B")
+        b_shape, wanted = parts.shapes.get(b_name, ()), base.shapes[target]
+        shape = b_shape[:1] + a_shape[1:]
+        if wanted not in (shape, shape[::-1]) or b_shape[1:] != a_shape[:1]:
+            raise DiffError(
+                f"The adapter's change of {target} has shape {shape}, expected {wanted}. Name its own model."
+            )
+        if shape != shape[::-1]:
+            turned[target] = shape != wanted
+        scale = _scale(config, match[1].removeprefix("base_model.model."), rank=a_shape[0], folder=parts.folder)
+        found[target] = _Product(a=name, b=b_name, scale=scale, turned=False)
+    # Shapes tell the orientation, and for square matrices those of the others; PEFT corrects its setting by the module's type too.
+    ways = set(turned.values())
+    square = ways.pop() if len(ways) == 1 else bool(config.get("fan_in_fan_out"))
+    return {target: replace(product, turned=turned.get(target, square)) for target, product in found.items()}
+
+
+def _scale(config: Mapping[str, Any], module: str, *, rank: int, folder: Path) -> float:
+    """What a module's B A is multiplied with.
+
+    The first pattern in the file that is the end of the module's path is taken, as in PEFT's `get_pattern_key`.
+
+    Raises:
+        DiffError: the configuration tells no alpha, or another rank.
+    """
+
+    def of_module(patterns: str, default: str) -> float:
+        own = dict(config.get(patterns) or {})
+        return float(next((n for key, n in own.items() if re.match(rf"(.*\.)?({key})$", module)), config[default]))
+
+    try:
+        alpha, told = of_module("alpha_pattern", "lora_alpha"), of_module("rank_pattern", "r")
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, re.error) as error:
+        raise DiffError(
+            f"{str(folder / 'adapter_config.json')!r} tells no rank and scale of {module}. Save the adapter anew."
+        ) from error
+    if told != rank:
+        raise DiffError(
+            f"{str(folder / 'adapter_config.json')!r} tells rank {told:g} of {module}, whose matrices have {rank}. "
+            "Save the adapter anew."
+        )
+    return scale
