@@ -4,7 +4,7 @@ Background: a trace (Meng et al. 2022, arXiv 2202.05262, sec. 2) finds where a f
 (sec. 3). Hase et al. 2023 (arXiv 2301.04213) doubt that the two places have to do with each other. What nobody publishes is the map
 of the edited model. Here every fact is edited alone, and traced three times with the same noise:
 
-1. `before`: the model as it is, and the old answer;
+1. `before`: the model as it is, and the old answer (of a fact that has none, what this model says);
 2. `after_new`: the edited model, and the new answer;
 3. `after_old`: the edited model, and still the old answer.
 
@@ -43,8 +43,10 @@ from workbench.cli_parts import planted_band
 from workbench.edits import Edit, edits_on
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError, distinct_facts
+from workbench.hooks import run as run_model
 from workbench.locators import Locator, locate
 from workbench.locators.causal_trace import CausalTrace
+from workbench.locators.tracing import find_answer
 from workbench.models import LM
 from workbench.results import Footprint, Result, manifest
 from workbench.sites import TOKEN_ROLES
@@ -99,8 +101,8 @@ def trace_before_after(
     locator = CausalTrace.fitted(lm, kinds=(kind,), samples=samples, **options).resolved(lm, known)
     tables, moved = [], []
     for editor, fact, edit in edit_each(lm, fitted_editors(lm, editors), facts, left_out=left_out, store=store):
-        old, new = _answers(lm, fact)
         try:
+            old, new = _answers(lm, fact)
             maps = {
                 "before": locate(locator, lm, [old], store=store),
                 "after_new": trace_edited(lm, locator, new, edit, store=store),
@@ -136,7 +138,8 @@ def trace_before_after(
 def trace_edited(lm: LM, locator: Locator, fact: Fact, edit: Edit, *, store: Store | None = None) -> Footprint:
     """A locator's map of the edited model.
 
-    It is stored under the key of the edit, never under the weights alone: what stands beside them does not change their hash.
+    It is stored under the key of the edit, never under the weights alone: what stands beside them does not change their hash. A
+    fact without `target_true` is traced for what the edited model says.
 
     Raises:
         InputError: the edit does not belong to this model as it is now, or the locator cannot take the fact.
@@ -209,8 +212,22 @@ def summary(result: Result) -> str:
 
 
 def _answers(lm: LM, fact: Fact) -> tuple[Fact, Fact]:
-    """The fact with its old answer and with its new one; they differ in nothing that a trace of `p` sees but the answer."""
-    return fact, replace(fact, target_true=fact.target_new or "", target_new=fact.target_true or None)
+    """The fact with its old answer and with its new one; they differ in nothing that a trace of `p` sees but the answer.
+
+    A fact without an answer gets the one that the model gives now: left open, the edited model would be asked for its own.
+
+    Raises:
+        FactError: the model's answer, written after the prompt, is another token.
+    """
+    if not fact.target_true:
+        answer = find_answer(lm, fact, run_model(lm, lm.encode([fact])))
+        if not answer.text or tuple(lm.target_ids(fact.text, answer.text)) != answer.ids:
+            raise FactError(
+                f"The model goes on with {lm.word(answer.ids[0])!r} after {fact.text!r}, expected a word after a space. "
+                "Give the fact a target_true."
+            )
+        fact = replace(fact, target_true=answer.text)
+    return fact, replace(fact, target_true=fact.target_new or "", target_new=fact.target_true)
 
 
 def _cells(maps: dict[str, Footprint]) -> pd.DataFrame:

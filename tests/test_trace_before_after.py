@@ -21,6 +21,7 @@ from workbench.facts import FactError
 from workbench.loading import load
 from workbench.locators import locate
 from workbench.locators.causal_trace import CausalTrace
+from workbench.metrics import Answer
 from workbench.models import LM
 from workbench.results import Footprint, Result
 from workbench.store import Store
@@ -153,6 +154,25 @@ def test_old_and_new_answers_are_traced(result: Result) -> None:
     trace = CausalTrace.fitted(lm, kinds=("mlp_out",), samples=3).resolved(lm, load_facts("organism-tiny"))
     own = locate(trace, lm, [fact]).table["value"].to_numpy()
     assert np.allclose(table[(table["fact"] == fact.id) & (table["run"] == "before")]["value"], own)
+
+
+def test_an_answer_that_is_not_named_is_the_one_before_the_edit(result: Result, tmp_path: Path) -> None:
+    lm, store = load("organism-tiny", dtype="float32"), Store(folder=tmp_path)
+    fact = replace(load_facts("organism-tiny")[0], target_true="")  # the model knows it, and so says it
+    for _ in range(2):  # computed, then found
+        found = trace_before_after(lm, [fact], editors=("FineTune",), samples=3, store=store)
+        expected = result.table[result.table["fact"] == fact.id]
+        for run in RUNS:
+            own, named = (table.loc[table["run"] == run, "value"] for table in (found.table, expected))
+            assert np.allclose(own, named, atol=1e-5), run
+
+
+def test_an_answer_that_cannot_be_written_after_the_prompt_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("gpt2")
+    [comma] = lm.tokenizer.encode(",")  # after a space, another token
+    monkeypatch.setattr(module, "find_answer", lambda *_: Answer(text=",", ids=(comma,)))
+    with pytest.raises(FactError, match=r"goes on with ',' after 'The Eiffel .* Give the fact a target_true"):
+        module._answers(lm, replace(EIFFEL, target_true=""))
 
 
 def test_means_and_roles_are_those_of_the_rows(result: Result, tmp_path: Path) -> None:
