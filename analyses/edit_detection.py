@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy import stats
 from sklearn.ensemble import AdaBoostClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -38,7 +39,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 from analyses.editing import edit_each, fitted_editors
-from analyses.intervals import interval
+from analyses.intervals import RESAMPLES
 from workbench.charts import CellPlot, Chart, DotPlot, LinePlot
 from workbench.facts import Fact, FactError, distinct_facts
 from workbench.hooks import run
@@ -266,14 +267,30 @@ def accuracy(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     rows = []
     by = ["split", "features", "detector", "trained", "editor"]
     for names, group in table.groupby(by, sort=False):
-        facts = group.groupby("fact")["right"].mean().to_numpy(dtype=float)
-        low, high = interval(facts, seed=seed)
+        facts = group.groupby("fact")["right"].agg(["sum", "size"]).to_numpy(dtype=float)
+        low, high = share_interval(facts[:, 0], facts[:, 1], seed=seed)
         rows.append({
             **dict(zip(by, names, strict=True)), "accuracy": float(group["right"].mean()), "low": low, "high": high,
             "auc": auc(group["edited"], group["score"]), "n": len(group),
         })  # fmt: skip
     found: pd.DataFrame = pd.DataFrame(rows)
     return found
+
+
+def share_interval(
+    right: Float[np.ndarray, " fact"], n: Float[np.ndarray, " fact"], *, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the share of right answers: facts are drawn, each with all of its n answers.
+
+    NaN for less than two facts.
+    """
+    if len(n) < 2:
+        return float("nan"), float("nan")
+    found = stats.bootstrap(
+        (right, n), lambda right, n, axis: right.sum(axis) / n.sum(axis), paired=True, vectorized=True,
+        n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def baseline(examples: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import torch
 
 from analyses.edit_detection import (
     SPLITS,
+    accuracy,
     auc,
     chart,
     cross_validated,
@@ -82,6 +83,27 @@ def test_no_group_is_in_training_and_test() -> None:
 def test_the_area_under_the_curve_by_hand() -> None:
     assert auc(pd.Series([True, True, False, False]), pd.Series([0.9, 0.4, 0.5, 0.1])) == 0.75
     assert np.isnan(auc(pd.Series([True, True]), pd.Series([0.1, 0.2])))
+
+
+def predictions(**right: list[bool]) -> pd.DataFrame:
+    """By fact, which of its answers are told rightly."""
+    rows = [{"fact": fact, "right": one} for fact, own in right.items() for one in own]
+    same = {"split": "subject", "features": "hidden", "detector": "logistic", "trained": "A", "editor": "A"}
+    table: pd.DataFrame = pd.DataFrame(rows).assign(**same, edited=True, score=0.0)
+    return table
+
+
+def test_the_interval_of_an_accuracy_draws_facts_with_all_of_their_answers() -> None:
+    edited = {f"edited{i}": [i < 42] for i in range(60)}  # 70 % right
+    known = {f"known{i}": [True] * 7 + [i > 0] for i in range(8)}  # 98 %, of few facts
+    (found,) = accuracy(predictions(**edited, **known)).to_dict("records")
+    assert found["accuracy"] == pytest.approx((42 + 63) / 124)
+    assert found["low"] < found["accuracy"] < found["high"]
+    (alike,) = accuracy(predictions(a=[True, False], b=[False, True] * 3)).to_dict("records")
+    assert alike["low"] == alike["accuracy"] == alike["high"] == 0.5
+    (two,) = accuracy(predictions(a=[True] * 3, b=[False])).to_dict("records")
+    assert (two["low"], two["accuracy"], two["high"]) == (0, 0.75, 1)
+    assert np.isnan(accuracy(predictions(a=[True, False]))["low"].item())
 
 
 def test_longer_states_are_told_by_their_length_at_their_layer_alone() -> None:
