@@ -12,8 +12,8 @@ Protocol. Every fact is edited alone by every editor. Then only weights are know
    parallel to the one is named; the other is read in the vocabulary. Also, the suspect whose predictions moved most.
 2. Without: by layer the mean |cosine| of the down projection's rows, and its first singular value over its second; the layer that
    stands out most from the others is named.
-3. Undo: the change without its top singular component; and, without the original weights, the matrix without its own top ones, in
-   the layer named by cosines and in the layers that were changed. A fact is restored where the model says again what it said.
+3. Undo: the change without its top singular component; and the matrix without its own top ones, in the layers that were changed
+   and, which alone needs no original, in the layer named by cosines. A fact is restored where the model says again what it said.
 
 Departures. The paper infers relation and object with trained decoders; here nothing is trained. An editor
 that spreads over several layers counts as found if one of them is named.
@@ -107,7 +107,8 @@ def forensics(
         - `layers`: by editor, fact and layer (0-based) `cosine` and `ratio`; editor `unedited` is the model itself
         - `named`: what the examination said: `kind`, `layers`, `subject`, `object`
 
-        The manifest's `chance` has the share of right answers by guessing.
+        The manifest's `chance` has the share of right answers by guessing: `subject`, `fact`, and by editor `layer`, the mean
+        share of the layers that its edits change, since any of these counts as found.
 
     Raises:
         InputError: no fact could be edited by any editor, or all edits stand beside the weights.
@@ -116,6 +117,7 @@ def forensics(
     own = [score_layer(down_weight(lm, layer)) for layer in range(lm.n_layers)]
     left_out: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
+    guessed: dict[str, list[float]] = {}
     matrices, layers = [], [pd.DataFrame(own).assign(editor="unedited", fact="", layer=range(lm.n_layers))]
     named = []
     for label, fact, edit in edit_each(lm, fitted_editors(lm, editors), facts, left_out=left_out, store=store):
@@ -127,6 +129,7 @@ def forensics(
         found = examine(lm, weights, suspects, own=own)
         rows += [{**who, **row} for row in _right(lm, found, fact, edit, suspects)]
         rows += [{**who, **row} for row in _undone(lm, found, fact, edit, suspects, dropped=dropped, others=others)]
+        guessed.setdefault(label, []).append(sum(layer >= 0 for layer in _layers(lm, edit)) / lm.n_layers)
         matrices.append(found.matrices.assign(**who))
         layers.append(found.layers.assign(**who))
         named.append(
@@ -139,7 +142,7 @@ def forensics(
     keys = ["editor", "measure", "components"]
     means = means_by(table.assign(components=table["components"].fillna(0)), keys, seed=seed)
     chance = {
-        "layer": 1 / lm.n_layers,
+        "layer": {label: float(np.mean(shares)) for label, shares in guessed.items()},
         "subject": 1 / len({fact.subject for fact in suspects.facts}),
         "fact": 1 / len(suspects.facts),
     }
@@ -460,15 +463,16 @@ def chart(result: Result) -> Chart:
         mean = layers.groupby(["editor", "layer"], sort=False)[score].mean().reset_index()
         mean = mean.rename(columns={"editor": "series", "layer": "x", score: "y"})
         curves.append(LinePlot(rows=mean[["series", "x", "y"]], y_title=title, title="Without the original weights"))
-    edits = int(means["n"].max())
+    edits, chance = int(means["n"].max()), result.run["chance"]
+    guessed = ", ".join(f"{editor} {share:.0%}" for editor, share in chance["layer"].items())
     return Chart(
         title="What an edit leaves in the weights",
         plots=(dots, *curves),
         columns=3,
         caption=(
             f"Up to {edits} edits an editor, of one fact each; bars are 95 % bootstrap intervals over facts. Curves are means over "
-            f"edits of the down projections; layers count from 0. Guessing names the layer in {result.run['chance']['layer']:.0%} "
-            f"and the subject in {result.run['chance']['subject']:.0%} of cases."
+            f"edits of the down projections; layers count from 0. Guessing names one of an edit's layers in: {guessed} of cases; "
+            f"the subject in {chance['subject']:.0%}."
         ),
     )
 
@@ -480,16 +484,22 @@ def summary(result: Result) -> str:
     for editor, rows in means.groupby("editor", sort=False):
         values = {(row["measure"], int(row["components"])): row["value"] for row in rows.to_dict("records")}
         kinds = result.extras["named"].query("editor == @editor")["kind"].mode()[0]
-        without = {n: v for (measure, n), v in values.items() if measure == "undone_in_place"}
-        undone = ", ".join(f"{v:.0%} by dropping {n}" for n, v in without.items())
+        dropped = {
+            where: ", ".join(f"{v:.0%} by dropping {n}" for (name, n), v in values.items() if name == f"undone_{where}")
+            or "not tried"
+            for where in ("in_place", "where_named")
+        }
         lines.append(
             f"{editor}: {kinds}; kind right {values['kind', 0]:.0%}, layers {values['layer', 0]:.0%}, subject by key "
             f"{values['subject_by_key', 0]:.0%}, object {values['object_by_value', 0]:.0%}, fact by behaviour "
             f"{values['fact_by_behaviour', 0]:.0%}; without the original: layer by cosines {values['layer_by_cosine', 0]:.0%}, by "
-            f"singular values {values['layer_by_ratio', 0]:.0%}."
+            f"singular values {values['layer_by_ratio', 0]:.0%} (guessing {chance['layer'][editor]:.0%})."
         )
         if ("undone", 0) in values:
-            lines.append(f"  Undone: {values['undone', 0]:.0%} with the original; without, {undone or 'not tried'}.")
-    lines.append(f"Guessing: layer {chance['layer']:.0%}, subject {chance['subject']:.0%}.")
+            lines.append(
+                f"  Undone: {values['undone', 0]:.0%} with the original; in the changed layers, {dropped['in_place']}; "
+                f"without the original, {dropped['where_named']}."
+            )
+    lines.append(f"Guessing: subject {chance['subject']:.0%}.")
     lines.append("Published (2505.20819): object up to 99 %, undone without the original up to 94 %.")
     return "\n".join(lines)

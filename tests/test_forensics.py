@@ -117,15 +117,35 @@ def test_a_bottom_rank_approximation_lacks_the_top() -> None:
 def test_from_end_to_end(tmp_path: Path) -> None:
     lm = load("organism-tiny", device="cpu")
     facts = load_facts("organism-tiny")[:12:4]
-    result = forensics(lm, facts, editors=("FineTune",), dropped=(1,), others=1, store=Store(folder=tmp_path))
+    several = "Memit(layers=(1, 2, 3))"
+    result = forensics(lm, facts, editors=("FineTune", several), dropped=(1,), others=1, store=Store(folder=tmp_path))
     assert set(result.table["measure"]) >= set(QUESTIONS) | {"took", "others"}
     assert result.table["value"].between(0, 1).all()
-    found = result.extras["means"].set_index("measure")["value"]
+    found = result.extras["means"].query("editor == 'FineTune'").set_index("measure")["value"]
     assert found["layer"] == found["kind"] == 1
     layers = result.extras["layers"]
-    assert layers.groupby("editor", sort=False).size().to_dict() == {"unedited": 4, "FineTune": 12}
-    assert "FineTune" in summary(result)
-    assert len(chart(result).plots) == 3
+    assert layers.groupby("editor", sort=False).size().to_dict() == {"unedited": 4, "FineTune": 12, several: 12}
+    chance = result.run["chance"]["layer"]
+    assert chance == {"FineTune": 1 / 4, several: 3 / 4}  # of 4 layers
+    drawn = chart(result)
+    assert len(drawn.plots) == 3
+    for editor, share in chance.items():
+        assert f"{editor} {share:.0%}" in drawn.caption
+        assert f"(guessing {share:.0%})" in next(line for line in summary(result).splitlines() if editor in line)
+
+
+def test_what_needs_the_original_is_not_said_to_do_without(tmp_path: Path) -> None:
+    lm = load("organism-tiny", device="cpu")
+    facts = load_facts("organism-tiny")[:12:4]
+    result = forensics(lm, facts, editors=("FineTune",), dropped=(1, 2), others=0, store=Store(folder=tmp_path))
+    means = result.extras["means"]
+    measured = {"undone": 0.9, "undone_in_place": 0.1, "undone_where_named": 0.5}
+    means["value"] = means["measure"].map(measured).fillna(means["value"]) + 0.01 * means["components"].astype(float)
+    expected = (
+        "Undone: 90% with the original; in the changed layers, 11% by dropping 1, 12% by dropping 2; "
+        "without the original, 51% by dropping 1, 52% by dropping 2."
+    )
+    assert expected in summary(result)
 
 
 def test_a_rank_one_change_without_its_component_is_nothing() -> None:
