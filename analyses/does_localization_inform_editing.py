@@ -12,8 +12,8 @@ large the causal trace of the very fact is there adds next to nothing (at most 3
    after paraphrases; Neighborhood 1 - |p* - p| / (0.5 + |p - 0.5|) for o after neighbors' prompts; Overall the mean of the three;
    Essence 1 minus a fifth of the rise in perplexity of texts about s, cut to 0..1. Of several prompts the mean.
 4. Score ~ layer (categorical), score ~ trace, and score ~ layer * trace, as in the published notebook; R^2 of each, and the F-test
-   of the last against the first. With few facts the slopes gain by chance alone: `chance` is the mean gain when every fact has
-   another fact's trace, and `p_permuted` how often that is as large.
+   of the last against the first. With few facts the slopes gain by chance alone: `chance` is the mean gain with the traces
+   shuffled over the facts, `p_permuted` how often that is as large as `gain`, and `more` is `gain` - `chance`.
 
 Departures: all layers, not nine of 28; the window of FT5 and MEMIT is narrower below 20 layers; editors see the prompt alone,
 without random prefixes and essence prompts (`analyses.layer_edits`), with their settings for the model in all problems, but
@@ -144,15 +144,16 @@ def does_localization_inform_editing(
             not all succeed (GPT-J: 0.0001); none: no bound.
         probes: how many paraphrases and how many neighbors are scored; the published code takes one.
         essence: how many texts about the subject are scored; the paper takes 5, none are quicker.
-        resamples: bootstrap resamples of the facts.
-        seed: of the noise, of the texts, and of the bootstrap.
+        resamples: bootstrap resamples of the facts, for the correlations' intervals.
+        seed: of the noise, of the texts, of the bootstrap, and of the permutations.
         store: where the scores of each fact, problem and editor are kept, and traces.
 
     Returns:
         One row a problem, editor, fact and layer (0-based) with `SCORES` (NaN without such prompts), `before` and `after` (the
-        probability of the answer after the prompt) and `trace`. Extras: `r2` (a row a problem, editor and score: r2_layer,
-        r2_trace, r2_both, gain with low and high, f, p, chance, p_permuted, n facts, and `published_`... where there are),
-        `correlation` (of trace and Rewrite over facts, by layer), `cost` (seconds).
+        probability of the answer after the prompt) and `trace`. Extras: `r2` (a row a problem, editor and score: r2_layer with
+        r2_layer_low and r2_layer_high, r2_trace, r2_both, gain, chance, more with low and high, f, p, p_permuted, n facts, and
+        `published_`... where there are; see `explained`), `correlation` (of trace and Rewrite over facts, by layer), `cost`
+        (seconds).
 
     Raises:
         InputError: no fact is left that can be edited and located.
@@ -192,16 +193,19 @@ def does_localization_inform_editing(
         for score in SCORES:
             y, x = _matrices(own, score)
             if len(y) > 2:
-                found = explained(y, x, resamples=resamples, seed=seed)
+                found = explained(y, x, seed=seed)
                 r2.append({**told, "score": score, **found, **_published(problem_, editor, score)})
         y, x = _matrices(own, "rewrite")
         correlation += [{**told, **row} for row in _correlations(y, x, own, resamples, seed)]
     run_ = manifest(
         "does_localization_inform_editing", model=lm.protocol, parameters={**options, "locator": locator}, facts=facts,
-        left_out=left_out, bootstrap={"resamples": resamples, "seed": seed, "level": 0.95, "method": "percentile"},
+        left_out=left_out, jackknife={"of": "r2", "level": 0.95},
+        bootstrap={"of": "correlation", "resamples": resamples, "seed": seed, "level": 0.95, "method": "percentile"},
     )  # fmt: skip
     cost = pd.DataFrame([{"what": what, "seconds": round(seconds, 2)} for what, seconds in bench.seconds.items()])
-    told_of = ["problem", "editor", "score", "r2_layer", "r2_trace", "r2_both", "gain", "chance", "published_layer"]
+    told_of = [
+        "problem", "editor", "score", "r2_layer", "r2_trace", "r2_both", "gain", "chance", "more", "published_layer",
+    ]  # fmt: skip
     extras = {
         "r2": pd.DataFrame(r2, columns=None if r2 else told_of),
         "correlation": pd.DataFrame(correlation),
@@ -427,47 +431,74 @@ def neighborhood_score(before: float, after: Float[np.ndarray, " row"]) -> Float
 
 
 def explained(
-    score: Float[np.ndarray, "fact layer"], trace: Float[np.ndarray, "fact layer"], *, resamples: int, seed: int
+    score: Float[np.ndarray, "fact layer"], trace: Float[np.ndarray, "fact layer"], *, seed: int
 ) -> dict[str, Any]:
     """R^2 of the three regressions, over all facts and layers, and the F-test of the largest against layer alone.
 
     Score ~ layer * trace has an intercept and a slope for every layer, so its residuals are those of one line a layer.
+
+    - `gain`: what the slopes add to layer alone; never negative, and upwards biased with few facts.
+    - `chance`: its mean over all ways to shuffle the traces over the n facts. Shuffled, r^2 within a layer is 1 / (n - 1) in the
+      mean, so that each layer in which the trace differs gains that part of what layer alone leaves there.
+    - `more`: gain - chance, with the interval `low` to `high`; about 0 for a trace that says nothing.
+
+    Intervals are Student's t with the standard errors of the delete-one-fact jackknife: of R^2 for layer alone, and of the root of
+    the gain, squared again, for `more`; near 0 it is the root that is about normal. A bootstrap would not do: a fact drawn twice
+    fits itself, so that its gains are all too large.
+
+    Args:
+        score: what is explained.
+        trace: by what.
+        seed: of the permutations for `p_permuted`.
     """
-    whole, layer, line, both, slopes = (float(x) for x in _squares(score, trace))
-    n, parameters = score.size, score.shape[1] + int(slopes)
-    gain, rng = (layer - both) / whole if whole else np.nan, np.random.default_rng(seed)
-    f = (layer - both) / slopes / (both / (n - parameters)) if slopes and n > parameters and both > 0 else np.nan
-    facts = rng.integers(0, len(score), (resamples, len(score)))
-    drawn = _squares(score[facts], trace[facts])
+    whole, layer, line, both, slopes, sloped = (float(x) for x in _squares(score, trace))
+    n, parameters = len(score), score.shape[1] + int(slopes)
+    spare = score.size - parameters
+    f = (layer - both) / slopes / (both / spare) if slopes and spare > 0 and both > 0 else np.nan
+    whole = whole or np.nan
+    gain, chance = (layer - both) / whole, sloped / (n - 1) / whole
+    rng = np.random.default_rng(seed)
     shuffled = _squares(
         np.broadcast_to(score, (_PERMUTATIONS, *score.shape)),
-        np.stack([trace[rng.permutation(len(trace))] for _ in range(_PERMUTATIONS)]),
+        np.stack([trace[rng.permutation(n)] for _ in range(_PERMUTATIONS)]),
     )
-    chance = (shuffled[1] - shuffled[3]) / whole if whole else np.full(1, np.nan)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = np.nanquantile((drawn[1] - drawn[3]) / drawn[0], (0.025, 0.975)) if whole else (np.nan, np.nan)
-        ends = np.nanquantile(1 - drawn[1] / drawn[0], (0.025, 0.975)) if whole else (np.nan, np.nan)
+    gains = (shuffled[1] - shuffled[3]) / whole
+    rest = np.array([_squares(np.delete(score, i, 0), np.delete(trace, i, 0))[:4] for i in range(n)]).T
+    with np.errstate(invalid="ignore", divide="ignore"):  # without one fact all scores may be equal
+        off_layer = _half_width(1 - rest[1] / rest[0])
+        off_root = _half_width(np.sqrt(np.maximum(rest[1] - rest[3], 0) / rest[0]))
+    r2_layer, root = 1 - layer / whole, np.sqrt(np.maximum(gain, 0.0))
+    low, high = np.clip([root - off_root, root + off_root], 0.0, 1.0) ** 2 - chance
     return {
-        "r2_layer": 1 - layer / whole if whole else np.nan,
-        "r2_layer_low": ends[0],
-        "r2_layer_high": ends[1],
-        "r2_trace": 1 - line / whole if whole else np.nan,
-        "r2_both": 1 - both / whole if whole else np.nan,
+        "r2_layer": r2_layer,
+        "r2_layer_low": r2_layer - off_layer,
+        "r2_layer_high": r2_layer + off_layer,
+        "r2_trace": 1 - line / whole,
+        "r2_both": 1 - both / whole,
         "gain": gain,
+        "chance": chance,
+        "more": gain - chance,
         "low": low,
         "high": high,
         "f": f,
-        "p": float(stats.f.sf(f, slopes, n - parameters)) if np.isfinite(f) else np.nan,
-        "chance": float(np.mean(chance)),
-        "p_permuted": float((1 + (chance >= gain - 1e-12).sum()) / (1 + len(chance))) if whole else np.nan,
-        "n": len(score),
+        "p": float(stats.f.sf(f, slopes, spare)) if np.isfinite(f) else np.nan,
+        "p_permuted": float((1 + (gains >= gain - 1e-12).sum()) / (1 + len(gains))) if np.isfinite(gain) else np.nan,
+        "n": n,
     }
+
+
+def _half_width(without: Float[np.ndarray, " fact"]) -> float:
+    """Half of the 95 % jackknife interval of a value, from the values without each fact."""
+    n = len(without)
+    error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
+    return float(stats.t.ppf(0.975, n - 1) * error)
 
 
 def _squares(
     y: Float[np.ndarray, "*batch fact layer"], x: Float[np.ndarray, "*batch fact layer"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sums of squares around the mean, the layers' means, one line, and a line a layer; and how many of these have a slope."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sums of squares around the mean, the layers' means, one line, and a line a layer; how many of these have a slope; and
+    the sum around the means of the layers that have."""
 
     def left(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dy, dx = y - y.mean(-1, keepdims=True), x - x.mean(-1, keepdims=True)
@@ -478,7 +509,7 @@ def _squares(
     flat = (*y.shape[:-2], -1)
     whole, line, _ = left(y.reshape(flat), x.reshape(flat))
     layers, lines, slopes = left(y.swapaxes(-1, -2), x.swapaxes(-1, -2))
-    return whole, layers.sum(-1), line, lines.sum(-1), slopes.sum(-1)
+    return whole, layers.sum(-1), line, lines.sum(-1), slopes.sum(-1), (layers * slopes).sum(-1)
 
 
 def _matrices(table: pd.DataFrame, score: str) -> tuple[np.ndarray, np.ndarray]:
@@ -558,7 +589,7 @@ def chart(result: Result) -> Chart:
         columns=2,
         caption=(
             f"{n} facts edited at every layer (0-based) of {result.run['model']}; the trace is {locator}'s. Bands: 95 % bootstrap "
-            "over facts. With this few facts both has R^2 above layer alone by chance; the table of R^2 says by how much."
+            "over facts. With few facts both has a higher R^2 than layer alone by chance; the table of R^2 has what is more."
         ),
     )
 
@@ -573,10 +604,12 @@ def _band(result: Result) -> range | None:
 def summary(result: Result) -> str:
     """R^2 of the Rewrite score by problem and editor, ours and the published one, and what it cost."""
     r2 = result.extras["r2"]
-    lines = ["R^2 of the Rewrite score: layer, trace, both (gain over layer; by chance; p of F) | published for GPT-J"]
+    lines = [
+        "R^2 of the Rewrite score: layer, trace, both (gain over layer; more than by chance; p of F) | published for GPT-J"
+    ]
     lines += [
         f"{row['problem']:>18} {row['editor']:>5}  {row['r2_layer']:.3f} {row['r2_trace']:.3f} {row['r2_both']:.3f} "
-        f"({row['gain']:+.3f} [{row['low']:.3f}, {row['high']:.3f}]; {row['chance']:+.3f}; p {row['p']:.2g}, permuted "
+        f"({row['gain']:+.3f}; {row['more']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]; p {row['p']:.2g}, permuted "
         f"{row['p_permuted']:.2g}, n {row['n']}) | {row['published_layer']:.3f} {row['published_trace']:.3f} "
         f"{row['published_both']:.3f}"
         for row in r2[r2["score"] == "rewrite"].to_dict("records")
@@ -585,10 +618,11 @@ def summary(result: Result) -> str:
     if rewrite.empty:
         lines.append("Fewer than three facts, or scores that do not differ: there is nothing to explain.")
     else:
-        beyond = rewrite["gain"] - rewrite["chance"]
+        added = (rewrite["published_both"] - rewrite["published_layer"]).mean()
         lines.append(
-            f"Mean: layer alone {rewrite['r2_layer'].mean():.3f} (published {rewrite['published_layer'].mean():.3f}); the trace "
-            f"adds {rewrite['gain'].mean():+.3f}, of which {beyond.mean():+.3f} is more than another fact's trace adds."
+            f"Mean: layer alone {rewrite['r2_layer'].mean():.2f} (mean of the published tables "
+            f"{rewrite['published_layer'].mean():.2f}, same problems and editors); the trace adds {rewrite['gain'].mean():+.3f} "
+            f"(published {added:+.3f}), of which {rewrite['more'].mean():+.3f} is more than shuffled traces add."
         )
     cost = result.extras["cost"]
     spent = ", ".join(f"{row.what} {row.seconds:.0f} s" for row in cost.itertuples())

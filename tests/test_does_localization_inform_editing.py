@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import get_args
 
@@ -93,7 +94,7 @@ def test_r2_and_f_are_those_of_least_squares_with_dummies(seed: int) -> None:
 
     whole = residuals(np.ones((n * n_layers, 1)))
     layer, line, both = residuals(layers), residuals(np.ones_like(flat), flat), residuals(layers, layers * flat)
-    found = explained(y, x, resamples=50, seed=0)
+    found = explained(y, x, seed=0)
     assert found["r2_layer"] == pytest.approx(1 - layer / whole)
     assert found["r2_trace"] == pytest.approx(1 - line / whole)
     assert found["r2_both"] == pytest.approx(1 - both / whole)
@@ -106,18 +107,61 @@ def test_r2_and_f_are_those_of_least_squares_with_dummies(seed: int) -> None:
 def test_a_trace_that_explains_all_beats_chance_and_one_that_explains_nothing_does_not() -> None:
     rng = np.random.default_rng(0)
     x, noise = rng.random((12, 5)), rng.random((12, 5))
-    told = explained(2 * x + np.arange(5), x, resamples=50, seed=0)
+    told = explained(2 * x + np.arange(5), x, seed=0)
     assert told["r2_both"] == pytest.approx(1)
     assert told["p_permuted"] < 0.02 < told["gain"] - told["chance"]
-    assert told["low"] < told["gain"] < told["high"], "resampled facts keep their own trace"
-    assert told["low"] > told["chance"]
-    nothing = explained(noise, x, resamples=50, seed=0)
+    assert 0 < told["low"] < told["more"] < told["high"]
+    nothing = explained(noise, x, seed=0)
     assert nothing["chance"] > 0.02  # slopes of so few facts fit something
+    assert nothing["low"] < 0 < nothing["high"]
     assert nothing["p_permuted"] > 0.05
-    flat = explained(noise, np.zeros_like(x), resamples=50, seed=0)
+    flat = explained(noise, np.zeros_like(x), seed=0)
     assert flat["gain"] == pytest.approx(0)
+    assert flat["chance"] == 0
     assert np.isnan(flat["p"])
-    assert np.isnan(explained(np.ones_like(x), x, resamples=50, seed=0)["r2_layer"])
+    same = explained(np.ones_like(x), x, seed=0)
+    assert all(np.isnan(same[name]) for name in ("r2_layer", "gain", "chance", "more", "low", "high", "p_permuted"))
+
+
+def test_chance_is_the_mean_gain_of_all_ways_to_shuffle_the_traces() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((5, 3)), rng.random((5, 3))
+    x[:, 1] = 0.5  # where the trace is the same for all facts nothing is gained
+    gains = [explained(y, x[list(order)], seed=0)["gain"] for order in permutations(range(5))]
+    found = explained(y, x, seed=0)
+    assert found["chance"] == pytest.approx(np.mean(gains))
+    assert found["more"] == pytest.approx(found["gain"] - found["chance"])
+
+
+def test_intervals_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((8, 3)), rng.random((8, 3))
+    found = explained(y, x, seed=0)
+    rest = [explained(np.delete(y, i, 0), np.delete(x, i, 0), seed=0) for i in range(8)]
+    t = stats.t.ppf(0.975, 7)
+    wide = t * np.sqrt(7 / 8 * sum((one["r2_layer"] - np.mean([two["r2_layer"] for two in rest])) ** 2 for one in rest))
+    assert found["r2_layer_high"] - found["r2_layer"] == pytest.approx(wide)
+    assert found["r2_layer"] - found["r2_layer_low"] == pytest.approx(wide)
+    roots = np.sqrt([one["gain"] for one in rest])
+    wide = t * np.sqrt(7 / 8 * ((roots - roots.mean()) ** 2).sum())
+    root = np.sqrt(found["gain"])
+    assert found["high"] == pytest.approx((root + wide) ** 2 - found["chance"])
+    assert found["low"] == pytest.approx(max(root - wide, 0) ** 2 - found["chance"])
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+@pytest.mark.parametrize("layers_differ", [False, True])
+def test_a_trace_that_says_nothing_has_an_interval_around_0(shared: float, layers_differ: bool) -> None:
+    found = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        x, y = (rng.normal(size=(15, 6)) + 3 * shared * rng.normal(size=(15, 1)) for _ in range(2))
+        found.append(explained(y + layers_differ * np.arange(6), x, seed=0))
+    table = pd.DataFrame(found)
+    assert (table["low"].lt(0) & table["high"].gt(0)).mean() > 0.9
+    assert abs(table["more"].mean()) < 3 * table["more"].sem()
+    for name, low, high in (("more", "low", "high"), ("r2_layer", "r2_layer_low", "r2_layer_high")):
+        assert table[name].between(table[low], table[high]).all()
 
 
 def test_the_published_table_is_whole_and_adds_up() -> None:
@@ -206,6 +250,14 @@ def test_the_chart_has_the_published_table_beside_ours(result: Result) -> None:
     assert isinstance(first, LinePlot)
     assert first.shade == range(1, 2)
     text = summary(result)
+    own = result.extras["r2"].query("score == 'rewrite'")
+    row = own.to_dict("records")[0]
+    assert f"{row['more']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in text
+    cells = np.array(
+        [PUBLISHED[problem, editor] for problem, editor in zip(own["problem"], own["editor"], strict=True)]
+    )
+    assert f"mean of the published tables {cells[:, 0].mean():.2f}" in text
+    assert f"(published {(cells[:, 2] - cells[:, 0]).mean():+.3f})" in text
     assert "Cost: " in text
     assert text.count("\n") == 2 + len(result.extras["r2"].query("score == 'rewrite'"))
 
