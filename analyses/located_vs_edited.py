@@ -526,5 +526,6 @@ def _chosen(result: Result) -> str:
     told = told[told["source"] == "weights"]
     if told.empty:
         return ""
-    who = "; ".join(f"{row.editor} {row.layers} ({row.chosen})" for row in told.itertuples())
+    by = told.assign(who=told["editor"] + " " + told["layers"].astype(str)).groupby("chosen", sort=False)["who"]
+    who = "; ".join(f"{'; '.join(own)} ({chosen})" for chosen, own in by)
     return f"Layers that editors change are settings, not measurements: {who}. "
