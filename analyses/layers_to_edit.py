@@ -201,6 +201,7 @@ def summary(result: Result) -> str:
         )
     curve = result.extras["curve"]
     top = max(curve.to_dict("records"), key=lambda row: row["value"])
+    lines.append("The sweep's score is that of each fact at the place which the other facts choose.")
     lines.append(f"The average trace peaks at layer {top['layer']} with {_told(top)} (indirect effect in p).")
     return "\n".join(lines)
 

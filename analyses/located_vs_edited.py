@@ -223,11 +223,15 @@ def summary(result: Result) -> str:
         told = ", ".join(f"{name.replace('_', ' ')} {_value(row)}" for name, row in of.iterrows())
         p, p_fact = of.loc["overlap", ["p_adjusted", "p_fact_adjusted"]]
         lines.append(f"  {locator} {kind} / {editor}: {told}; adjusted p {p:.2g}, by facts {p_fact:.2g}")
+    lines.append(
+        "p: as large an overlap with the layers shuffled; by facts: with the facts shuffled, each edit against another's place."
+    )
     band = result.run.get("planted")
     if band:
         chance = len(band) / int(result.run["n_layers"])
         lines.append(
-            f"Share of the mass in the planted layers {band[0]}-{band[-1]} (layers count from 0; evenly spread: {chance:.2f}):"
+            f"Share of the mass in the planted layers {', '.join(map(str, band))} "
+            f"(layers count from 0; evenly spread: {chance:.2f}):"
         )
         means = places.groupby(["side", "method", "kind"], sort=False)["planted"].mean().reset_index()
         lines += [f"  {row.side}: {row.method} {row.kind} {row.planted:.2f}" for row in means.itertuples()]

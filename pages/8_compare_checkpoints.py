@@ -50,7 +50,8 @@ def compare(base: str, edited: str) -> Result:
     from workbench.loading import checkpoint_folder
 
     if not (base and edited):
-        raise DiffError(f"There is one checkpoint, {base or edited!r}, expected two. Name the other one too.")
+        there = f"one checkpoint, {base or edited!r}" if base or edited else "no checkpoint"
+        raise DiffError(f"There is {there}, expected two. Name {'the other one too' if base or edited else 'both'}.")
     return diff_checkpoints(checkpoint_folder(base), checkpoint_folder(edited))
 
 
@@ -83,7 +84,6 @@ def show_diff() -> None:
             partial(start, base, edited),
             type="primary" if verb == "Compare" else "secondary",
             icon=":material/play_arrow:",
-            disabled=not (base or edited),
             key="run",
         )
     if job is not None and status is not None and not status.over:
@@ -149,6 +149,9 @@ def show_page() -> None:
     if name == DIFF:
         show_diff()
     else:
+        st.caption(
+            "Here the facts below are edited first, so that the truth is known: how far can such answers be trusted?"
+        )
         analysis.show_analysis(name, facts={"edit_detection": 20})
 
 

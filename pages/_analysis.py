@@ -385,8 +385,8 @@ def show_chart(chart: Chart, *, key: str, version: str) -> None:
                 st.plotly_chart(
                     figure, theme=None, key=f"{key}-{row}-{name}", config=parts.QUIET, alt=_alt(chart, part)
                 )
-    if chart.below:
-        st.caption(parts.plain(chart.below))
+    if caption := charts_screen.caption(chart):
+        st.caption(parts.plain(caption))
 
 
 def _groups(chart: Chart) -> list[list[tuple[str, Chart]]]:
@@ -447,9 +447,12 @@ def show_answer(question: Question, result: Result) -> None:
 
 
 def show_words(text: str) -> None:
-    """A summary; its first line stands out where there are more."""
+    """A summary; its first line stands out where it is a heading or all there is."""
     first, _, rest = text.strip().partition("\n")
-    st.markdown(f"**{parts.plain(first)}**")
+    if first.endswith(":") or not rest.strip():
+        st.markdown(f"**{parts.plain(first)}**")
+    else:
+        rest = text.strip()
     if rest.strip():
         is_long = rest.count("\n") > MOST_LINES
         st.code(rest, language=None, wrap_lines=True, height=TALL if is_long else "content")

@@ -169,6 +169,31 @@ def test_a_curve_that_would_hide_another_one_is_dashed() -> None:
     assert chart.alone(1).styles("light") == chart.styles("light"), "one look in all plots"
 
 
+def test_what_has_nothing_to_show_is_left_out() -> None:
+    empty = LinePlot(rows=curves("Rome").iloc[:0], y_title="share")
+    none = CellPlot(values=pd.DataFrame(), name="share")
+    chart = Chart(title="", plots=(empty, PLOTS["curves"], none), columns=2)
+    assert chart.plots == (PLOTS["curves"],)
+    charts_paper.draw(chart, run={})
+    charts_screen.draw(chart)
+    with pytest.raises(ResultError, match="nothing to draw"):
+        Chart(title="Shares", plots=(empty, none))
+
+
+def test_two_lines_in_a_cell_are_as_wide_as_the_longer_one() -> None:
+    values = cells(LONG[:2]).iloc[:1, :4]
+    plot = CellPlot(
+        values=values, name="share", texts=values.map(lambda x: f"{x:.2f}\np {x:.2f}"), texts_are="share, and p"
+    )
+    chart = Chart(title="", plots=(plot,))
+    (written,) = [trace for trace in charts_screen.draw(chart).data if trace.type == "scatter"]
+    assert "<br>p " in written.text[0]
+    assert charts_screen.caption(chart) == "In the cells: share, and p."
+    many = cells(LONG[:2]).iloc[:1]
+    wide = CellPlot(values=many, name="share", texts=many.map("{:.2f}\nand p".format), texts_are="share, and p")
+    assert charts_screen.caption(Chart(title="", plots=(wide,))) == ""
+
+
 def test_what_stands_in_the_cells_is_said_below_them_alone() -> None:
     matrix = CellPlot(values=cells(LONG[:2]).iloc[:1], name="share", texts_are="share, and p")
     chart = Chart(title="", plots=(matrix, PLOTS["curves"]), caption="Of ten facts.")

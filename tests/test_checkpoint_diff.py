@@ -86,6 +86,19 @@ def test_the_kind_of_change_is_told(tmp_path: Path, names: list[str], rank: int 
         assert (changed["rank"] == rank).all()
 
 
+def test_a_tensor_that_is_not_finite_is_named_and_the_rest_compared(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    base, edited = saved(lm, tmp_path / "base"), edit_of(lm, down(1), rank=1).merge(lm, tmp_path / "edited")
+    weights = load_file(edited / "model.safetensors")
+    weights[down(2)][0, 0] = float("nan")
+    save_file(weights, edited / "model.safetensors", {"format": "pt"})
+    found = diff_checkpoints(base, edited)
+    assert found.run["verdict"].startswith(f"A single matrix changed by a rank-one edit: {down(1)}.")
+    assert f"NaN or infinity: in 1 of {len(found.table)} tensors, e.g. {down(2)}." in found.run["verdict"]
+    assert found.table.set_index("tensor").loc[down(2), "changed"]
+    module.chart(found)
+
+
 def test_sharded_and_other_files_read_the_same(tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     edit = edit_of(lm, matrices(lm)[4], rank=1)

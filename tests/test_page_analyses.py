@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from streamlit.testing.v1 import AppTest
 from tests.examples import fresh_lm
 from tests.test_app import SOON, _close_workers, errors, open_page, settle, texts
 
+ROOT = Path(__file__).parents[1]
 PAGES = ("located_vs_edited", "averages", "compare_checkpoints", "lifelong")
 
 
@@ -136,3 +139,16 @@ def compared(base: Path | str, edited: Path | str) -> AppTest:
         time.sleep(0.05)
         app.run()
     return app
+
+
+def test_a_page_waits_for_no_torch() -> None:
+    """The worker imports it, and two threads that import it at once can break it."""
+    shared = [path.stem for path in (ROOT / "pages").glob("_[a-z]*.py")]
+    code = "; ".join(
+        [
+            *(f"import pages.{name}" for name in shared),
+            "import sys; print({'torch', 'transformers'} & set(sys.modules))",
+        ]
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"

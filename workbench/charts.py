@@ -248,6 +248,15 @@ class Chart:
     hidden: Mapping[str, int] = field(default_factory=dict)
     """By series how many others it would hide in plots that are not here; see `styles`."""
 
+    def __post_init__(self) -> None:
+        """Leaves out what has nothing to show, e.g. a measure that no fact has."""
+        there = tuple(plot for plot in self.plots if not _is_empty(plot))
+        if self.plots and not there:
+            raise ResultError(
+                f"There is nothing to draw of {self.title or 'this'!r}: no fact has a value. Take other facts."
+            )
+        object.__setattr__(self, "plots", there)
+
     @property
     def grid(self) -> tuple[tuple[Plot, ...], ...]:
         """The plots, row by row."""
@@ -331,6 +340,10 @@ def places(rows: pd.DataFrame) -> tuple[dict[object, float], bool]:
     if pd.api.types.is_numeric_dtype(rows["x"]):
         return {value: float(value) for value in values}, True
     return {value: float(i) for i, value in enumerate(values)}, False
+
+
+def _is_empty(plot: Plot) -> bool:
+    return plot.values.empty if isinstance(plot, CellPlot) else plot.rows.empty
 
 
 def _check(rows: pd.DataFrame, *columns: str) -> None:

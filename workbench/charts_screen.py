@@ -6,6 +6,7 @@ page. In Streamlit pass `theme=None` to `st.plotly_chart`, so that the colours c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from workbench import drawing, plots
 from workbench.charts import NONE, CellPlot, Chart, DotPlot, LinePlot, Plot, ScatterPlot, dodged, label_lines, places
 from workbench.drawing import Theme
 
-__all__ = ["draw"]
+__all__ = ["caption", "draw"]
 
 MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "pentagon")
 """Shapes of dots, so that series differ not by colour alone."""
@@ -44,11 +45,12 @@ def draw(chart: Chart, *, theme: Theme = "light") -> go.Figure:
     """
     figure, ink = go.Figure(), plots._INK[theme]
     grid, columns = chart.grid, min(chart.columns, len(chart.plots))
-    legend, caption = _legend(figure, chart, theme), drawing.wrapped(chart.below, 52) if chart.below else []
+    legend, below = _legend(figure, chart, theme), caption(chart)
+    words = drawing.wrapped(below, 52) if below else []
     above = [max(_above(plot) for plot in row) for row in grid]
     inner = [max(_inner(plot) for plot in row) for row in grid]
     under = [max(_under(chart, i * columns + j) for j in range(len(row))) for i, row in enumerate(grid)]
-    top, bottom = 8 + 28 * bool(chart.title), under[-1] + 20 * legend + 10 * bool(legend) + 17 * len(caption) + 8
+    top, bottom = 8 + 28 * bool(chart.title), under[-1] + 20 * legend + 10 * bool(legend) + 17 * len(words) + 8
     area = sum(above) + sum(inner) + sum(under[:-1])
     height, y = top + area + bottom, 1.0
     for i, row in enumerate(grid):
@@ -78,11 +80,11 @@ def draw(chart: Chart, *, theme: Theme = "light") -> go.Figure:
             text=plots._safe(chart.title), x=0, xref="paper", xanchor="left", y=1, yref="paper", yanchor="bottom",
             yshift=4, showarrow=False, font=dict(size=15, color=ink["text"], weight=600),
         )  # fmt: skip
-    if caption:  # the title can be placed from the figure's edge, whatever stands left of the plots
+    if words:  # the title can be placed from the figure's edge, whatever stands left of the plots
         figure.update_layout(
             title=dict(
-                text="<br>".join(map(plots._safe, caption)), x=0, xref="container", xanchor="left", pad=dict(l=8),
-                y=(17 * len(caption) + 6) / height, yref="container", yanchor="top", automargin=False,
+                text="<br>".join(map(plots._safe, words)), x=0, xref="container", xanchor="left", pad=dict(l=8),
+                y=(17 * len(words) + 6) / height, yref="container", yanchor="top", automargin=False,
                 font=dict(size=12, color=ink["muted"]),
             )
         )  # fmt: skip
@@ -291,9 +293,9 @@ def _draw_cells(
             tickfont=dict(size=11, color=ink["muted"]), ticks="",
         ),
     )  # fmt: skip
-    written = _written(plot).to_numpy()
-    if (written != "").any():
-        longest = max(map(len, written.ravel()))
+    written = _written(plot)
+    if (written != "").to_numpy().any():
+        longest = _longest(written)
         share = np.nan_to_num((values.ravel() - low) / (high - low), nan=0.0).clip(0, 1)
         cells = sample_colorscale(scale, share, colortype="tuple")
         bright = [np.dot(cell, (0.299, 0.587, 0.114)) > 0.55 for cell in cells]
@@ -302,7 +304,8 @@ def _draw_cells(
             for light, there in zip(bright, np.isfinite(values.ravel()), strict=True)
         ]
         figure.add_scatter(
-            **axes, x=names * n_rows, y=[i for i in range(n_rows) for _ in names], text=written.ravel(), mode="text",
+            **axes, x=names * n_rows, y=[i for i in range(n_rows) for _ in names],
+            text=["<br>".join(map(plots._safe, text.splitlines())) for text in written.to_numpy().ravel()], mode="text",
             textfont=dict(size=12 if n_columns * longest <= 32 else 10 if n_columns * longest <= 56 else 9, color=colors),
             hoverinfo="skip", showlegend=False,
         )  # fmt: skip
@@ -424,9 +427,14 @@ def _written(plot: CellPlot) -> pd.DataFrame:
     words = plot.words
     if len(words.columns) > 8:
         words = words.replace(r"^(−|-)?0\.", r"\1.", regex=True)
-    if len(words.columns) * int(words.map(len).to_numpy().max(initial=0)) > ROOM:
+    if len(words.columns) * _longest(words) > ROOM:
         words = words.where(words == NONE, "")
     return words
+
+
+def _longest(words: pd.DataFrame) -> int:
+    """Letters of the longest line in the cells."""
+    return max((len(line) for text in words.to_numpy().ravel() for line in text.splitlines()), default=0)
 
 
 def _is_written(plot: CellPlot) -> bool:
@@ -458,7 +466,8 @@ def _inner(plot: Plot) -> int:
     if isinstance(plot, DotPlot):
         labels, n = dict.fromkeys(plot.rows["label"]), len(set(plot.rows["series"]))
         return max(60, sum(max(26, 15 * len(label_lines(name)) + 4, 13 * n + 6) for name in labels))
-    lines = max(len(label_lines(name)) for name in plot.row_labels)
+    written = max((text.count("\n") + 1 for text in _written(plot).to_numpy().ravel()), default=1)
+    lines = max(written, *(len(label_lines(name)) for name in plot.row_labels))
     return max(90, len(plot.values) * max(plots._row_height(len(plot.values)), 15 * lines + 3))
 
 
@@ -519,5 +528,14 @@ def _legend(figure: go.Figure, chart: Chart, theme: Theme) -> int:
         figure.add_scatter(x=[None], y=[None], name=plots._safe(name), hoverinfo="skip", showlegend=True, **look)
     if not keys:
         return 0
-    each = 52 + 7 * max(len(name) for name, _ in keys)
-    return -(-len(keys) // max(1, NARROW // each))
+    each, gutter = 52 + 7 * max(len(name) for name, _ in keys), min(0.6 * NARROW, max(map(_gutter, chart.plots)))
+    return -(-len(keys) // max(1, int((NARROW - gutter) // each)))  # a legend is as wide as the plots are
+
+
+def caption(chart: Chart) -> str:
+    """What stands below a chart, without what is said of cells that are too narrow for it."""
+    plots_ = [
+        replace(plot, texts_are="") if isinstance(plot, CellPlot) and not _is_written(plot) else plot
+        for plot in chart.plots
+    ]
+    return replace(chart, plots=tuple(plots_)).below

@@ -173,6 +173,11 @@ def chart(result: Result) -> Chart:
 
 def verdict(table: pd.DataFrame) -> str:
     """What kind of change it is, in a sentence; only matrices are judged by their rank."""
+    broken = table[~np.isfinite(table["norm"].astype(float))]
+    if not broken.empty:
+        told = verdict(table.drop(index=broken.index)) if len(broken) < len(table) else ""
+        where = f"in {len(broken)} of {len(table)} tensors, e.g. {broken['tensor'].iloc[0]}"
+        return f"{told} Not compared, since there is NaN or infinity: {where}.".strip()
     changed = table[table["changed"]]
     if changed.empty:
         return f"Nothing changed: all {len(table)} tensors are equal."
@@ -241,6 +246,8 @@ def _row(first: Checkpoint, second: Checkpoint, name: str, other: str, seed: int
         "cosine": inner / (old * new) ** 0.5 if old and new else float("nan"), "sketch": float("nan"), "rank": None,
         "stable_rank": float("nan"), "top_rows": float("nan"), "top_columns": float("nan"),
     }  # fmt: skip
+    if not np.isfinite(change):
+        return {**row, "changed": True}
     if change == 0 or probe is None:
         return row
     basis = torch.linalg.qr(torch.cat(sketched)).Q.double()
