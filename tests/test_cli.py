@@ -74,10 +74,15 @@ def test_ids_never_share_a_file_nor_leave_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    ran = call("trace", *QUICK, "--prompt", "A b is", "--subject", "b", "--out", tmp_path / "file")
-    assert ran.exit_code == 2
-    assert "cannot be written" in ran.output
+    file = tmp_path / "file"
+    file.write_text("")
+    of_file = f"{str(file)!r} is a file. Name another folder.\n"
+    for out, says in ((file, of_file), (file / "a" / "b", of_file), (tmp_path / ("x" * 300), "Name another folder.\n")):
+        for command in (["trace", *QUICK, "--prompt", "A b is", "--subject", "b"], ["diff", TINY, "/no/such/folder"]):
+            ran = call(*command, "--out", out)
+            assert ran.exit_code == 2
+            assert ran.output.endswith(says)
+            assert len(ran.output.splitlines()) == 1
 
 
 def test_what_the_model_does_not_know_is_said(tmp_path: Path) -> None:

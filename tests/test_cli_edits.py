@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from analyses.catalogue import all_analyses
+from analyses.catalogue import all_analyses, analysis_named
 from tests.test_cli import TINY, call
 from workbench import zoo
 from workbench.editors import Edit, all_editors
@@ -72,6 +73,10 @@ def test_edits_one_by_one_hold_all_facts(tmp_path: Path, monkeypatch: pytest.Mon
         (["edit", "Rome", "--prompt", "A b is", "--subject", "c", "--target", "d"], "'c'"),
         (["run", "nothing"], "No analysis is called 'nothing'"),
         (["run", "located_vs_edited", "--set", "nothing=1"], "has no option nothing"),
+        (["run", "weight_change", "--limit", "1", "--set", "seed=-1"], "seed is -1, expected a whole number from 0"),
+        (["run", "weight_change", "--limit", "1", "--set", "resamples=0"], "resamples is 0, expected"),
+        (["run", "weight_change", "--limit", "1", "--set", "editors="], "editors is empty"),
+        (["run", "planted", "--limit", "1", "--set", "bound=nan"], "bound is nan"),
         (["diff", TINY, "/no/such/folder"], "no folder"),
     ],
 )
@@ -82,6 +87,26 @@ def test_what_cannot_be_done_is_told_in_a_sentence(arguments: list[str], says: s
     assert says in ran.output
     assert len(ran.output.strip().splitlines()) == 1
     assert "Traceback" not in ran.output
+
+
+def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.loading.load", None)
+    ran = call("run", "forensics", "--model", TINY, "--limit", "1", "--set", "dropped=1,0", "--out", tmp_path)
+    assert ran.exit_code == 2, ran.output
+    assert "dropped is 0, expected whole numbers from 1 on" in ran.output
+
+
+def test_a_change_without_a_rank_is_told_too(tmp_path: Path) -> None:
+    lm = load(TINY)
+    for name in ("base", "edited"):
+        lm.model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in lm.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.01)
+    ran = call("diff", tmp_path / "base", tmp_path / "edited", "--out", tmp_path / "diff", "--figures", "")
+    assert ran.exit_code == 0, ran.output
+    assert pd.read_csv(tmp_path / "diff" / "diff.csv")["rank"].isna().any()
+    assert any("cosine" in line and "rank" not in line for line in ran.output.splitlines())
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
@@ -97,7 +122,7 @@ def test_folders_that_cannot_be_made_are_told_before_any_work(tmp_path: Path, mo
     (tmp_path / "file").write_text("mine")
     cases: list[tuple[list[str | Path], str]] = [
         (["--out", tmp_path / "file"], "is a file"),
-        (["--out", tmp_path / "file" / "new"], "cannot be made"),
+        (["--out", tmp_path / "file" / "new"], "is a file"),
         (["--out", tmp_path / ("x" * 300)], "cannot be made"),
         (["--out", tmp_path / "new", "--merge", tmp_path / "file"], "is a file"),
         (["--out", tmp_path / "new", "--merge", tmp_path / "new"], "into each other"),
@@ -134,3 +159,24 @@ def test_analyses_are_listed_and_run_on_facts_of_a_file(tmp_path: Path) -> None:
     assert found.run["cost"]["seconds"] > 0
     assert len(list((tmp_path / "out" / "store" / "edits").iterdir())) == 1
     assert {"weight_change.svg", "weight_change.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / "easyedit").exists()
+    seconds = found.run["cost"]["seconds"]
+    assert f"1 fact in {seconds} s" in ran.output
+    again = call(*asked, "--set", "editors=FineTune,FineTune", "--out", tmp_path / "out", "--figures", "svg")
+    assert again.exit_code == 0, again.output
+    assert f"1 fact from the store; it took {seconds} s" in again.output
+
+
+def test_recommended_layers_are_written_for_easyedit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path / "results"))
+    quick = ["--model", TINY, "--limit", "2", "--figures", "", "--set", "sweep_facts=1", "--set", "contexts=0"]
+    ran = call("run", "layers_to_edit", *quick, "--set", "editors=FineTune", "--out", tmp_path / "out")
+    assert ran.exit_code == 0, ran.output
+    assert [path.name for path in (tmp_path / "out" / "easyedit").iterdir()] == ["FineTune.yaml"]
+    assert "layers:" in (tmp_path / "out" / "easyedit" / "FineTune.yaml").read_text()
+    assert "For EasyEdit: FineTune.yaml in" in ran.output
+    found = Result.load(tmp_path / "out" / "layers_to_edit")
+    recommended = found.extras["recommended"].assign(yaml="")
+    nothing = dataclasses.replace(found, extras={**found.extras, "recommended": recommended})
+    assert analysis_named("layers_to_edit").write(nothing, tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()

@@ -36,6 +36,8 @@ COUNTERFACT = {
     "neighborhood_prompts": ["The native language of Jean Gabin is"],
 }
 
+OWN = {"id": "a", "subject": "b", "prompt": "A {} is"}
+
 
 def write(folder: Path, records: Any, name: str = "facts.json") -> Path:
     path = folder / name
@@ -94,6 +96,25 @@ def test_the_bundled_file_reads_like_any_other() -> None:
         (json.dumps([{"id": 5, "subject": "b", "prompt": "{}"}]), "id is 5, expected text"),
         (json.dumps([{"id": "a", "subject": "b", "prompt": "{}", "target_new": 7}]), "target_new is 7, expected text"),
         (json.dumps([{"id": "a", "subject": "\ud800", "prompt": "{}"}]), "half a character"),
+        (
+            json.dumps([{**OWN, "paraphrases": [1, 2]}]),
+            "is not as the workbench's own format has it: paraphrases has 1",
+        ),
+        (json.dumps([{**OWN, "paraphrases": "A b"}]), "paraphrases is 'A b', expected a list"),
+        (json.dumps([{**OWN, "paraphrases": [{"text": None}]}]), "paraphrases has None, expected text"),
+        (json.dumps([{**OWN, "paraphrases": ["\ud800"]}]), "half a character"),
+        (
+            json.dumps([{**OWN, "neighbors": [{"prompt": 1, "target": 2}]}]),
+            "neighbors has 1 as a prompt, expected text",
+        ),
+        (
+            json.dumps([{**OWN, "locality": [{"prompt": "A", "target": 2}]}]),
+            "locality has 2 as a target, expected text",
+        ),
+        (json.dumps([{**OWN, "neighbors": [{"prompt": "A"}]}]), "lacks the field 'target'"),
+        (json.dumps([{**OWN, "neighbors": ["A"]}]), "Record 0 of facts.json"),
+        (json.dumps([{**COUNTERFACT, "paraphrase_prompts": [1]}]), "paraphrase_prompts has 1, expected text"),
+        (json.dumps([{**COUNTERFACT, "neighborhood_prompts": "A"}]), "neighborhood_prompts is 'A', expected a list"),
         (json.dumps([KNOWN, KNOWN]), "has the id 'known-7' 2 times"),
         ("[" * 100_000, "is no JSON"),
     ],
@@ -108,6 +129,8 @@ def test_a_file_that_does_not_fit_gets_one_sentence(tmp_path: Path, content: str
 def test_a_missing_file_and_one_that_is_no_text_are_told(tmp_path: Path) -> None:
     with pytest.raises(FactError, match="There is no file"):
         read_facts(tmp_path / "nowhere.json")
+    with pytest.raises(FactError, match="is a folder"):
+        read_facts(tmp_path)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(FactError, match="cannot be read"):
         read_facts(tmp_path / "bytes.json")

@@ -245,6 +245,8 @@ def diff(
 ) -> None:
     """What differs between two checkpoints: which tensors, how much, of which rank. Neither model is held in memory."""
     with one_sentence():
+        import pandas as pd
+
         from workbench.checkpoint_diff import diff_checkpoints
 
         formats = read_formats(figures)
@@ -255,7 +257,7 @@ def diff(
             found = diff_checkpoints(*folders)
         table = found.table[found.table["changed"]].sort_values("relative", ascending=False)
         for row in table.head(limit).itertuples():
-            rank = "" if row.rank is None or row.rank != row.rank else f"  rank {row.rank}"
+            rank = "" if pd.isna(row.rank) else f"  rank {row.rank}"
             typer.echo(
                 f"{row.tensor:48} |dW|/|W| {row.relative:.3g}  largest {row.largest:.3g}  cosine {row.cosine:.6f}{rank}"
             )

@@ -315,18 +315,30 @@ def file_name(fact_id: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError where nothing can be written, before any work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    """Makes the folder; raises InputError where nothing can be written into it, before any work."""
+    try:
+        _check_no_file(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{str(folder)[:200]!r} cannot be written into: {error.strerror}. Name another folder."
+        ) from error
+
+
+def _check_no_file(folder: Path) -> None:
+    """Raises InputError where the folder, or one that it would lie in, is a file."""
+    there = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        raise InputError(f"{str(there)!r} is a file. Name another folder.")
 
 
 def check_new_folders(folders: Sequence[Path]) -> None:
     """Raises InputError where these cannot all be made, each new or empty, before any work."""
     for i, folder in enumerate(folders):
         try:
-            if folder.exists() and not folder.is_dir():
-                raise InputError(f"{str(folder)!r} is a file. Name a new folder.")
+            _check_no_file(folder)
             if folder.exists() and any(folder.iterdir()):
                 raise InputError(f"{str(folder)!r} is there already and not empty. Name a new folder.")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -349,13 +361,17 @@ def run_and_write(
     from analyses.catalogue import analysis_named
     from workbench import charts_paper, export
     from workbench.loading import load
+    from workbench.results import Result
     from workbench.store import Store
 
     analysis = analysis_named(name)
+    options = analysis.checked(options)
     check_model_name(model)
     lm = load(model, device=device, dtype=dtype)
+    store = Store(folder=out / "store")
+    was_there = store.find(analysis.question(lm.protocol, facts, options), Result) is not None
     with progress_bar(1):
-        result = analysis(lm, facts, store=Store(folder=out / "store"), **options)
+        result = analysis(lm, facts, store=store, **options)
     result.save(out / name)
     write_file(out / f"{name}.csv", export.csv_bytes(result))
     chart = analysis.chart(result)
@@ -372,9 +388,11 @@ def run_and_write(
     for what, why in result.run.get("left_out", {}).items():
         typer.echo(f"left out: {what}: {why}", err=True)
     cost = result.run["cost"]
-    typer.echo(
-        f"\n{counted(len(facts), 'fact')} in {cost['seconds']} s, peak {cost['peak_mb']:.0f} MB. Layers count from 0. "
-    )
+    took = f"{cost['seconds']} s, peak {cost['peak_mb']:.0f} MB"
+    how = f"from the store; it took {took} when it was made" if was_there else f"in {took}"
+    typer.echo(f"\n{counted(len(facts), 'fact')} {how}. Layers count from 0.")
+    if files := analysis.write(result, out / "easyedit"):
+        typer.echo(f"For EasyEdit: {', '.join(file.name for file in files)} in {out / 'easyedit'}")
     typer.echo(f"Written to {out}")
 
 

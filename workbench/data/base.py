@@ -40,6 +40,8 @@ def read_facts(path: Path | str) -> list[Fact]:
             message names the record.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FactError(f"{str(path)!r} is a folder. Give a JSON file of facts.")
     if not path.is_file():
         raise FactError(f"There is no file {str(path)!r}. Give a JSON file of facts.")
     records = _records(path)
@@ -65,6 +67,25 @@ def read_facts(path: Path | str) -> list[Fact]:
         double = next(name for name in ids if ids.count(name) > 1)
         raise FactError(f"{path.name} has the id {double!r} {ids.count(double)} times. Give every fact its own id.")
     return facts
+
+
+def texts(name: str, value: Any, *, part: str = "") -> tuple[str, ...]:
+    """The texts of a list; the message of what is none gives its name, and as what (`part`) it is one.
+
+    Raises:
+        FactError: it is no list, or has something else.
+    """
+    if not isinstance(value, list):
+        raise FactError(f"{name} is {value!r:.80}, expected a list.")
+    for one in value:
+        came = f"{name} has {one!r:.80}{part and f' as a {part}'}"
+        if not isinstance(one, str):
+            raise FactError(f"{came}, expected text.")
+        try:
+            one.encode()
+        except UnicodeEncodeError:
+            raise FactError(f"{came}, which holds half a character. Write it as valid Unicode.") from None
+    return tuple(value)
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.data.base import Reader, Record
+from workbench.data.base import Reader, Record, texts
 from workbench.facts import Fact, Probe
 
 
@@ -16,6 +16,7 @@ class CounterFact(Reader):
         """One fact. Neighbors share the true answer, so it is theirs as well."""
         rewrite = record["requested_rewrite"]
         true = rewrite["target_true"]["str"].strip()
+        neighbors = texts("neighborhood_prompts", record.get("neighborhood_prompts", []))
         return Fact(
             id=f"counterfact-{record['case_id']}",
             subject=rewrite["subject"],
@@ -23,6 +24,6 @@ class CounterFact(Reader):
             relation=rewrite.get("relation_id", ""),
             target_true=true,
             target_new=rewrite["target_new"]["str"].strip(),
-            paraphrases=tuple(record.get("paraphrase_prompts", ())),
-            neighbors=tuple(Probe(prompt=prompt, target=true) for prompt in record.get("neighborhood_prompts", ())),
+            paraphrases=texts("paraphrase_prompts", record.get("paraphrase_prompts", [])),
+            neighbors=tuple(Probe(prompt=prompt, target=true) for prompt in neighbors),
         )

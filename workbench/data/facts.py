@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from workbench.data.base import Reader, Record
+from workbench.data.base import Reader, Record, texts
 from workbench.facts import Fact, FactError, Probe
 
 _PROBES = ("neighbors", "portability", "locality")
@@ -23,10 +23,13 @@ class Facts(Reader):
         known = {f.name for f in fields(Fact)}
         values: dict[str, Any] = {key: value for key, value in record.items() if key in known}
         for name in _PROBES:
-            values[name] = tuple(
-                Probe(prompt=probe["prompt"], target=probe["target"]) for probe in values.get(name, ())
-            )
-        values["paraphrases"] = tuple(p["text"] if isinstance(p, Mapping) else p for p in values.get("paraphrases", ()))
+            probes = values.get(name, [])
+            prompts, targets = (texts(name, [one[part] for one in probes], part=part) for part in ("prompt", "target"))
+            values[name] = tuple(Probe(prompt=p, target=t) for p, t in zip(prompts, targets, strict=True))
+        told = values.get("paraphrases", [])
+        if isinstance(told, list):
+            told = [one["text"] if isinstance(one, Mapping) else one for one in told]
+        values["paraphrases"] = texts("paraphrases", told)
         if not isinstance(values["prompt"], str) or not isinstance(values["subject"], str):
             raise FactError("subject and prompt must be text.")
         return Fact(**values)
