@@ -23,7 +23,7 @@ from plotly.graph_objects import Figure
 from analyses.catalogue import Analysis, all_analyses
 from pages import _parts as parts
 from workbench import charts_paper, charts_screen, zoo
-from workbench.charts import CellPlot, Chart
+from workbench.charts import CellPlot, Chart, Plot
 from workbench.data import read_facts
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError
@@ -381,12 +381,18 @@ def show_chart(chart: Chart, *, key: str, version: str) -> None:
     for row, group in enumerate(_groups(chart)):
         with st.grid(len(group), min_column_width=300) if len(group) > 1 else st.container():
             for name, part in group:
+                part = replace(part, plots=tuple(map(_without_words, part.plots)))
                 figure = _drawn(part, (version, key, name, chart.title), parts.theme())
                 st.plotly_chart(
                     figure, theme=None, key=f"{key}-{row}-{name}", config=parts.QUIET, alt=_alt(chart, part)
                 )
     if caption := charts_screen.caption(chart):
         st.caption(parts.plain(caption))
+
+
+def _without_words(plot: Plot) -> Plot:
+    """A plot that leaves what its cells say to the caption below all plots."""
+    return replace(plot, texts_are="") if isinstance(plot, CellPlot) else plot
 
 
 def _groups(chart: Chart) -> list[list[tuple[str, Chart]]]:

@@ -959,6 +959,8 @@ def is_running(asked: Asked) -> bool:
 
 def _strip(current: Collection[str], watched: Sequence[Job[Any]], drawn: Sequence[Any], in_pieces: bool) -> None:
     """The body of `show_jobs`."""
+    if _importing.locked():
+        gc.freeze()  # Streamlit collects garbage after every poll: of several tabs, so often that the import would hardly go on
     jobs = [*watched, *workshop().jobs()]
     now = [(job, job.status) for job in jobs]  # once: a job may end while this is drawn
     deep = 2 if in_pieces else 1
