@@ -46,8 +46,9 @@ def reader() -> Workshop:
 
 def compare(base: str, edited: str) -> Result:
     """The comparison of two checkpoints; it imports torch, so it runs in the worker."""
-    from workbench.checkpoint_diff import DiffError, diff_checkpoints
-    from workbench.loading import checkpoint_folder
+    with parts._importing:  # a model may be loaded meanwhile, and its worker imports torch too
+        from workbench.checkpoint_diff import DiffError, diff_checkpoints
+        from workbench.loading import checkpoint_folder
 
     if not (base and edited):
         there = f"one checkpoint, {base or edited!r}" if base or edited else "no checkpoint"
