@@ -162,6 +162,20 @@ def test_patches_and_hooks_that_may_mean_a_token_are_left_to_the_loop() -> None:
     assert sweep.sweepable(lm, *made) == ""
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_model_once_asked_for_its_hidden_states_is_still_swept(family: str) -> None:
+    """transformers hooks its blocks to collect them, and leaves those hooks there."""
+    lm = fresh_lm(family)
+    before = CausalTrace(**FEW)(lm, [EIFFEL])
+    hooks = sum(len(module._forward_hooks) for module in lm.model.modules())
+    with torch.no_grad():
+        lm.model(input_ids=lm.encode([EIFFEL]).ids, output_hidden_states=True)
+    assert sum(len(module._forward_hooks) for module in lm.model.modules()) > hooks
+    after = CausalTrace(**FEW)(lm, [EIFFEL])
+    assert after.run["engine"].startswith("sweep")
+    assert after.table.equals(before.table)
+
+
 def test_no_cells_give_the_two_baselines(gpt2: LM) -> None:
     problem, _ = experiment(gpt2, EIFFEL)
     for found in (restore_by_sweep(gpt2, [problem], [[]])[0], restore_by_loop(gpt2, problem, [])):

@@ -219,7 +219,7 @@ def is_patched() -> bool:
 def has_foreign_hooks(lm: LM) -> bool:
     """Whether something else than sites is hooked to the model, which may do with an activation what it likes."""
     return bool(_besides.get()) or any(
-        not isinstance(hook, (_Tap, _SideTap)) and hook is not _inert
+        not isinstance(hook, (_Tap, _SideTap)) and hook is not _inert and getattr(hook, "__module__", "") not in _READERS
         for module in lm.model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
@@ -453,6 +453,10 @@ class _SideTap:
             rows = new if x.dim() > 2 else new.view(*shape, -1)
             new = side(x if x.dim() > 2 else x.view(*shape, -1), rows, tokens).reshape(new.shape)
         return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+_READERS = frozenset({"transformers.utils.output_capturing"})
+"""Whose hooks only look: those that transformers leaves in a model for ever once somebody asked it for its hidden states."""
 
 
 def _inert(*_: object) -> None:
