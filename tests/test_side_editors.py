@@ -326,7 +326,7 @@ def test_wise_answers_the_edited_prompt_from_its_side_memory(
     assert torch.equal(edited.logits[1:], own.logits[1:])
     loaded = Edit.load(edit.save(tmp_path / "edit"))
     assert same_everywhere(lm, loaded, edit, [fact.text])
-    assert fact.neighbors[0].prompt not in edit.run["locality_prompts"]
+    assert fact.neighbors[0].prompt not in edit.run["edited"][0]["locality_prompts"]
 
 
 def test_a_stream_of_wise_edits_deals_facts_to_shards() -> None:
@@ -337,6 +337,8 @@ def test_a_stream_of_wise_edits_deals_facts_to_shards() -> None:
     assert memory.prompts == tuple(fact.text for fact in facts)
     assert edit.facts == tuple(facts)
     assert bool(memory.shards[0].flatten(1).any(1).all())
+    stayed = [tuple(part["edited"][0]["locality_prompts"]) for part in edit.parts]
+    assert len(set(stayed)) == len(facts)  # each fact is trained beside other prompts
     torch.testing.assert_close(memory.merged[0], ties(memory.shards[0], density=WISE.density))
     with edit.on(lm):
         assert all(p_new(lm, fact) > 0.5 for fact in facts)

@@ -184,6 +184,7 @@ def run_block(
     *,
     read: Sequence[SiteKind] = (),
     write: Mapping[SiteKind, Callable[[Tensor], Tensor]] | None = None,
+    tokens: Tokens | None = None,
 ) -> tuple[Float[Tensor, "row pos d_model"], dict[SiteKind, Tensor]]:
     """One block alone: its output for the named arguments of `call`, and what was read at its sites.
 
@@ -193,6 +194,7 @@ def run_block(
         call: the named arguments of the block, as `capture_calls` gives them.
         read: kinds of sites.
         write: by kind of site, a function applied there.
+        tokens: the prompts, for what stands beside the block's modules.
     """
     hidden = call["hidden_states"]
     plan = _Plan(
@@ -201,11 +203,12 @@ def run_block(
         reads=frozenset((layer, kind) for kind in read),
         shape=list(hidden.shape[:2]),
     )
-    reset = _plans.set((*_plans.get(), plan))
+    reset, before = _plans.set((*_plans.get(), plan)), _running.set(tokens)
     try:
         with reading(lm.model):
             output = lm.blocks[layer](**call)
     finally:
+        _running.reset(before)
         _plans.reset(reset)
     out: Tensor = output[0] if isinstance(output, tuple) else output
     return out, {kind: plan.found[layer, kind] for kind in read}

@@ -69,14 +69,15 @@ class Score:
         For probabilities the vocabulary is walked in pieces: only the answer's logits and the log-sum-exp are kept. `rank` and
         `kl` need every logit, so there some rows at a time are scored.
         """
-        if self.kind in ("p", "p_target", "logp") and type(lm.unembed) is nn.Linear and is_plain(lm.unembed):
-            steps = torch.arange(hidden.shape[1], device=hidden.device)
-            ids = torch.tensor(self.answer.ids[: len(steps)], device=hidden.device)
-            normed = _normed(lm, hidden)
-            total = torch.cat([_log_p(lm, some, ids) for some in normed.split(max(1, ROWS_AT_ONCE // len(steps)))])
-            return total.sum(-1) if self.kind == "logp" else total.sum(-1).exp()
-        at_once = max(1, 2**22 // (lm.d_vocab * hidden.shape[1]))
-        return torch.cat([self(lens_logits(lm, some)) for some in hidden.split(at_once)])
+        with torch.no_grad():
+            if self.kind in ("p", "p_target", "logp") and type(lm.unembed) is nn.Linear and is_plain(lm.unembed):
+                steps = torch.arange(hidden.shape[1], device=hidden.device)
+                ids = torch.tensor(self.answer.ids[: len(steps)], device=hidden.device)
+                normed = _normed(lm, hidden)
+                total = torch.cat([_log_p(lm, some, ids) for some in normed.split(max(1, ROWS_AT_ONCE // len(steps)))])
+                return total.sum(-1) if self.kind == "logp" else total.sum(-1).exp()
+            at_once = max(1, 2**22 // (lm.d_vocab * hidden.shape[1]))
+            return torch.cat([self(lens_logits(lm, some)) for some in hidden.split(at_once)])
 
 
 ROWS_AT_ONCE = 512
@@ -178,22 +179,27 @@ def top_tokens(lm: LM, logits: Float[Tensor, " d_vocab"], k: int = 10) -> list[t
     return [(lm.word(int(i)), float(v)) for i, v in zip(ids, values, strict=True)]
 
 
-def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+def lens_logits(
+    lm: LM, hidden: Float[Tensor, "... d_model"], *, grad: bool = False
+) -> Float[Tensor, "... d_vocab"]:
     """The logit lens: hidden states read by the final norm and the unembedding, as if they were the last layer's.
 
     For `attn_out` and `mlp_out`, which are additions and no states, this reads the addition alone; the norm then rescales it, so
     compare ranks rather than probabilities. A logit scale (Cohere) and a final softcap (Gemma 2) are applied.
+
+    Args:
+        lm: the model.
+        hidden: the states.
+        grad: keep the graph, for gradients.
     """
-    return _unembedded(lm, _normed(lm, hidden))
+    with torch.set_grad_enabled(grad):
+        return _unembedded(lm, _normed(lm, hidden))
 
 
 def _normed(lm: LM, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_embed"]:
-    with torch.no_grad():
-        normed: Tensor = lm.final_norm(hidden.to(lm.dtype))
-        project = getattr(lm.model.get_submodule(lm.layout.final_norm.rpartition(".")[0]), "project_out", None)
-        if project is not None:  # an OPT whose embeddings are narrower than its states
-            normed = project(normed)
-    return normed
+    normed: Tensor = lm.final_norm(hidden.to(lm.dtype))
+    project = getattr(lm.model.get_submodule(lm.layout.final_norm.rpartition(".")[0]), "project_out", None)
+    return normed if project is None else project(normed)  # an OPT whose embeddings are narrower than its states
 
 
 def _unembedded(
@@ -202,11 +208,10 @@ def _unembedded(
     """The logits of all tokens, or of some where the unembedding is a plain matrix."""
     config = lm.model.config.get_text_config()
     scale, cap = getattr(config, "logit_scale", None), getattr(config, "final_logit_softcapping", None)
-    with torch.no_grad():
-        if tokens is None:
-            logits: Tensor = lm.unembed(normed)
-        else:
-            weight, bias = lm.unembed.get_parameter("weight"), getattr(lm.unembed, "bias", None)
-            logits = nn.functional.linear(normed, weight[tokens], None if bias is None else bias[tokens])
+    if tokens is None:
+        logits: Tensor = lm.unembed(normed)
+    else:
+        weight, bias = lm.unembed.get_parameter("weight"), getattr(lm.unembed, "bias", None)
+        logits = nn.functional.linear(normed, weight[tokens], None if bias is None else bias[tokens])
     logits = logits if scale is None else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)

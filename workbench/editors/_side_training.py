@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench import zoo
+from workbench.above import Above
 from workbench.data import read_facts
 from workbench.editors._values import checked_layers
 from workbench.edits import Edit, EditError, Memory
@@ -61,31 +62,37 @@ def read_input(lm: LM, tokens: Tokens, path: str) -> Float[Tensor, "row pos d_in
     return seen[0]
 
 
-def answer_nll(
-    lm: LM,
-    tokens: Tokens,
-    ids: Int[Tensor, " step"],
-    path: str,
-    output: Callable[[nn.Module, Tensor, Tensor, Tokens | None], Tensor],
-) -> Float[Tensor, " row"]:
-    """Negative log-probability of an answer per token, where `output` gives a module's output.
+class AnswerLoss:
+    """Negative log-probability of an answer per token, where something else stands for what a module gives.
 
-    It is handed what the module gives by itself, so that an earlier memory beside it, which it replaces, is not counted twice.
+    An earlier memory beside the module is replaced, so that it is not counted twice.
 
     Args:
         lm: the model.
         tokens: prompts with the answer appended.
         ids: the answer.
+        layer: the block that the module is in.
         path: of the module.
-        output: called as a `Memory`; gradients flow through it.
     """
-    module = lm.model.get_submodule(path)
-    with torch.enable_grad(), beside(lm, [(path, lambda x, _, at: output(module, x, module.forward(x), at))]):
-        logits = run(lm, tokens, grad=True).logits
-        steps, rows = torch.arange(len(ids), device=logits.device), torch.arange(len(tokens), device=logits.device)
-        said = logits[rows[:, None], tokens.last.to(logits.device)[:, None] + steps]
+
+    def __init__(self, lm: LM, tokens: Tokens, ids: Sequence[int], layer: int, path: str) -> None:
+        self.lm, self.tokens, self.path = lm, tokens, path
+        self.ids = torch.tensor(ids, device=lm.device)
+        self.steps = torch.arange(len(ids), device=lm.device)
+        self._above = Above(lm, tokens, layer)
+
+    def __call__(
+        self, output: Callable[[nn.Module, Tensor, Tensor, Tokens | None], Tensor]
+    ) -> Float[Tensor, " row"]:
+        """The loss of every prompt; `output` is called as a `Memory`, and gradients flow through it."""
+        module = self.lm.model.get_submodule(self.path)
+        rows = torch.arange(len(self.tokens), device=self.lm.device)[:, None]
+        where = self.tokens.last.to(self.lm.device)[:, None] + self.steps
+        with beside(self.lm, [(self.path, lambda x, _, at: output(module, x, module.forward(x), at))]):
+            said = self._above.logits(rows, where)
         said = said if said.dtype == torch.float64 else said.float()
-        return -said.log_softmax(-1)[:, steps, ids.to(logits.device)].mean(1)
+        with torch.enable_grad():
+            return -said.log_softmax(-1)[:, self.steps, self.ids].mean(1)
 
 
 def other_facts(lm: LM, facts: Sequence[Fact], path: str) -> list[Fact]:

@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.linalg import lapack
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from workbench.above import Above
 from workbench.editors.base import Editor
 from workbench.editors.recommending import recommend_layers
 from workbench.edits import Change, Edit, EditError, LowRank, base_of, unedited
@@ -252,18 +253,20 @@ def find_values(
     reference = {
         place: (was[place] if options.reference == "value" else _stream(lm, fact, layer)).norm() for place in places
     }
-    before = None if about is None else _after_subject(lm, about, layer, {}).detach()
+    answering = Above(lm, tokens, layer)
+    following = None if about is None else Above(lm, about, layer)
+    before = None if following is None else _after_subject(following, {}).detach()
 
     deltas = {place: torch.zeros_like(was[place], requires_grad=True) for place in places}
     optimiser = torch.optim.Adam(list(deltas.values()), lr=options.learning_rate)
     losses, p_new = [], 0.0
     for step in range(options.steps + 1):
         with torch.enable_grad():
-            logits = _with_deltas(lm, tokens, layer, deltas)[rows, tokens.last[:, None] + steps].to(better(lm))
+            logits = _with_deltas(answering, deltas, rows, tokens.last[:, None] + steps).to(better(lm))
             log_p = logits.log_softmax(-1)[:, steps, ids].mean(1)
             loss = -log_p.mean()
-            if about is not None and before is not None:
-                now = _after_subject(lm, about, layer, deltas)
+            if following is not None and before is not None:
+                now = _after_subject(following, deltas)
                 loss = loss + options.kl_factor * (now.exp() * (now - before)).sum(-1).mean()
             for place, delta in deltas.items():
                 loss = loss + options.weight_decay * delta.norm() / reference[place] ** 2
@@ -343,29 +346,25 @@ def _stream(lm: LM, fact: Fact, layer: int) -> Float[Tensor, " d_model"]:
 
 
 def _with_deltas(
-    lm: LM, tokens: Tokens, layer: int, deltas: Mapping[Place, Tensor]
-) -> Float[Tensor, "row pos d_vocab"]:
-    """The logits where deltas are added at the last subject token of every row."""
-    where = tokens.at("subject_last")[..., None]
+    above: Above, deltas: Mapping[Place, Tensor], rows: Int[Tensor, "..."], positions: Int[Tensor, "..."]
+) -> Float[Tensor, "... d_vocab"]:
+    """The logits at some tokens where deltas are added at the last subject token of every row."""
+    where = above.tokens.at("subject_last")[..., None]
 
     def add(delta: Tensor, x: Tensor) -> Tensor:
         return x + torch.where(where, delta, torch.zeros_like(delta)).to(x)
 
-    write = {
-        Site(layer=layer, kind=place): partial(add, delta) for place, delta in deltas.items() if place != "down_out"
-    }
     sides = [
-        (down_path(lm, layer), lambda _, y, __, delta=delta: add(delta, y))
+        (down_path(above.lm, above.layer), lambda _, y, __, delta=delta: add(delta, y))
         for place, delta in deltas.items()
         if place == "down_out"
     ]
-    with beside(lm, sides):
-        return run(lm, tokens, write=write, grad=True).logits
+    write = {place: partial(add, delta) for place, delta in deltas.items() if place != "down_out"}
+    with beside(above.lm, sides):
+        return above.logits(rows, positions, write=write)
 
 
-def _after_subject(
-    lm: LM, about: Tokens, layer: int, deltas: Mapping[Place, Tensor]
-) -> Float[Tensor, "prompt d_vocab"]:
+def _after_subject(above: Above, deltas: Mapping[Place, Tensor]) -> Float[Tensor, "prompt d_vocab"]:
     """Log-probabilities of what follows the last subject token."""
-    logits = _with_deltas(lm, about, layer, deltas)[about.at("subject_last")]
-    return logits.to(better(lm)).log_softmax(-1)
+    rows, positions = above.tokens.at("subject_last").nonzero(as_tuple=True)
+    return _with_deltas(above, deltas, rows, positions).to(better(above.lm)).log_softmax(-1)

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from workbench.editors._side_training import answer_nll, earlier, one_layer, read_input
+from workbench.editors._side_training import AnswerLoss, earlier, one_layer, read_input
 from workbench.editors._values import better
 from workbench.editors.base import Draft, Editor
 from workbench.edits import Edit, Memory
@@ -161,7 +161,7 @@ class Grace(Editor):
             )  # fmt: skip
             book = replace(book or empty, replacement=self.replacement)
             book, entry, how = self.placed(book, query.to(own), ids, start)
-            book, loss = self._trained(lm, fact, book, entry)
+            book, loss = self._trained(lm, fact, book, entry, layer)
             told.append({"fact": fact.id, "entry": entry, "how": how, "radius": float(book.radii[entry]), "loss": loss})
         assert book is not None  # there is a fact
         return Draft(sides=(book,), told={"edited": told, "entries": len(book.keys)})
@@ -198,11 +198,10 @@ class Grace(Editor):
             keys[j] = (keys[j] + query.to(keys)) / 2
         return replace(book, radii=radii, keys=keys), j, "expanded"
 
-    def _trained(self, lm: LM, fact: Fact, book: Codebook, entry: int) -> tuple[Codebook, float]:
+    def _trained(self, lm: LM, fact: Fact, book: Codebook, entry: int, layer: int) -> tuple[Codebook, float]:
         """The codebook with an entry's value trained (step 3), and the loss after the last step."""
         answer = fact.target_new or ""
-        tokens = lm.encode([fact], targets=[answer])
-        ids = torch.tensor(lm.target_ids(fact.text, answer), device=lm.device)
+        nll = AnswerLoss(lm, lm.encode([fact], targets=[answer]), lm.target_ids(fact.text, answer), layer, book.module)
         values = book.values.to(lm.device)
         value = values[entry].clone().requires_grad_()
         optimiser = torch.optim.Adam([value], lr=self.learning_rate)
@@ -210,7 +209,7 @@ class Grace(Editor):
         for step in range(self.n_iter + 1):
             with torch.enable_grad():
                 tried = replace(book, values=values.index_copy(0, index, value[None]))
-                loss = answer_nll(lm, tokens, ids, book.module, tried).mean()
+                loss = nll(tried).mean()
             if step < self.n_iter:
                 (value.grad,) = torch.autograd.grad(loss, [value])
                 optimiser.step()

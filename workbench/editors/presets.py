@@ -72,7 +72,8 @@ def _bundled(
     of |= {"FineTune": _layers(one, learning_rate=2e-3 if family == "llama" else 1e-3, stop_below=0.05)}
     of |= {"Lora": {"learning_rate": 5e-4, "steps": 20}, "AdaLora": {"learning_rate": 2e-3}}
     of |= {name: _layers(*band, **_SHORT_KEYS) for name in ("Memit", "Pmet")}
-    of |= {"Grace": _layers(layer, eps=eps, n_iter=40), "Wise": _layers(3 * n_layers // 4, eps_of="contexts")}
+    of |= {"Grace": _layers(layer, eps=eps, n_iter=40)}
+    of |= {"Wise": _layers(3 * n_layers // 4, eps_of="contexts", rho=1.0, shards=1)}
     of |= {"AlphaEdit": _layers(*band, ridge=1.0), "Mend": _layers(*range(n_layers - 3, n_layers))}
     return Preset(name=name, family=family, n_layers=n_layers, d_model=d_model, bundled=True, every=_PLANTED, of=of)
 

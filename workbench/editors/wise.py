@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import Self
 
-from workbench.editors._side_training import answer_nll, earlier, one_layer, other_facts, probed, read_input
+from workbench.editors._side_training import AnswerLoss, earlier, one_layer, other_facts, probed, read_input
 from workbench.editors._values import better, down_path, in_contexts, write_prefixes
 from workbench.editors.base import Draft, Editor
 from workbench.edits import Edit, EditError, Memory
@@ -192,7 +192,7 @@ class Wise(Editor):
     """Prompts that should stay: of facts on other subjects, or the fact's own neighbors and locality, which tests may use too."""
 
     n_locality: int = 10
-    """How many prompts that should stay are drawn."""
+    """How many prompts that should stay are drawn, anew for every fact."""
 
     pool: str = ""
     """A file of facts on other subjects; empty: the bundled models' facts."""
@@ -231,7 +231,7 @@ class Wise(Editor):
             )
         memory = replace(memory, activation=_activation(lm) if self.activation == "code" else "")
         prefixes = write_prefixes(lm, (self.prefix_length,) * self.n_prefixes, seed=self.seed)
-        others = self._others(lm, facts)
+        elsewhere = self._elsewhere(lm, facts)
         told: list[dict[str, Any]] = []
         for fact in facts:
             which = memory.members[-1] if memory.members else 0
@@ -240,22 +240,20 @@ class Wise(Editor):
             if which == len(memory.shards):
                 memory = replace(memory, shards=torch.cat([memory.shards, torch.zeros_like(memory.shards[:1])]))
             own = tuple(probe.prompt for probe in (*fact.locality, *fact.neighbors))[: self.n_locality]
-            stay = own if self.locality == "given" and own else others
-            delta, steps, loss = self._trained(lm, fact, memory, which, shard, prefixes, stay)
+            stay = own if self.locality == "given" and own else self._drawn(elsewhere, len(memory.prompts))
+            delta, steps, loss = self._trained(lm, fact, layer, memory, which, shard, prefixes, stay)
             shards = memory.shards.clone()
             shards[which, shard] = delta.to(shards)
             memory = replace(
                 memory, shards=shards, prompts=(*memory.prompts, fact.text), members=(*memory.members, which)
             )
-            told.append({"fact": fact.id, "memory": which, "shard": shard, "steps": steps, "loss": loss})
+            told.append({
+                "fact": fact.id, "memory": which, "shard": shard, "steps": steps, "loss": loss, "locality_prompts": list(stay),
+            })  # fmt: skip
         memory = self._merged(lm, memory, prefixes if self.eps_of == "contexts" else ())
         return Draft(
             sides=(memory,),
-            told={
-                "edited": told,
-                "thresholds": [float(eps) for eps in memory.thresholds],
-                "locality_prompts": list(others),
-            },
+            told={"edited": told, "thresholds": [float(eps) for eps in memory.thresholds]},
         )
 
     def mask(self, shape: tuple[int, int], shard: int) -> Bool[Tensor, "d_in d_out"]:
@@ -273,18 +271,23 @@ class Wise(Editor):
             prompts=(), members=(), activation="",
         )  # fmt: skip
 
-    def _others(self, lm: LM, facts: Sequence[Fact]) -> tuple[str, ...]:
+    def _elsewhere(self, lm: LM, facts: Sequence[Fact]) -> list[str]:
         """Prompts on other subjects, none of which the facts are tested with."""
-        kept = sorted({fact.text for fact in other_facts(lm, facts, self.pool)} - probed(facts))
-        if not kept:
+        found = sorted({fact.text for fact in other_facts(lm, facts, self.pool)} - probed(facts))
+        if not found:
             raise FactError("There is no prompt on another subject. Name a file of other facts: pool=.")
-        generator = torch.Generator().manual_seed(self.seed)
-        return tuple(kept[i] for i in torch.randperm(len(kept), generator=generator)[: self.n_locality].tolist())
+        return found
+
+    def _drawn(self, prompts: Sequence[str], edited: int) -> tuple[str, ...]:
+        """Some of them, others for every fact, so that what stays is no fixed list that a stream of edits learns by heart."""
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + edited))
+        return tuple(prompts[i] for i in order[: self.n_locality].tolist())
 
     def _trained(
         self,
         lm: LM,
         fact: Fact,
+        layer: int,
         memory: SideMemory,
         which: int,
         shard: int,
@@ -295,7 +298,7 @@ class Wise(Editor):
         answer, module = fact.target_new or "", lm.model.get_submodule(memory.module)
         contexts = in_contexts(fact, prefixes)
         tokens = lm.encode(contexts, targets=[answer] * len(contexts))
-        ids = torch.tensor(lm.target_ids(fact.text, answer), device=lm.device)
+        answer_loss = AnswerLoss(lm, tokens, lm.target_ids(fact.text, answer), layer, memory.module)
         elsewhere = lm.encode(list(stay))
         x_e, x_i = read_input(lm, tokens, memory.module), read_input(lm, elsewhere, memory.module)
         delta = memory.shards[which, shard].to(x_e.device)
@@ -310,7 +313,7 @@ class Wise(Editor):
                 return (y.to(tried) + x.to(tried) @ tried).to(y.dtype)
 
             with torch.enable_grad():
-                nll = answer_nll(lm, tokens, ids, memory.module, output).mean()
+                nll = answer_loss(output).mean()
                 d_e = distance(x_e.to(tried) @ tried, y_e, tokens.at(None), memory.activation)
                 d_i = distance(x_i.to(tried) @ tried, y_i, elsewhere.at(None), memory.activation)
                 margins = (d_i - self.alpha).relu().mean() + (self.beta - d_e).relu().mean()

@@ -1,0 +1,61 @@
+"""The model from one block on, for prompts that are run many times, as in a search for a value: the rest is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.hooks import capture_calls, run_block
+from workbench.metrics import lens_logits
+from workbench.models import LM, Tokens
+from workbench.sites import Site, SiteKind
+
+
+class Above:
+    """A block and all above it, for some prompts.
+
+    What is patched, or stands beside a module, below the block counts as it is when this is made; from the block on, as it is when
+    the logits are asked for.
+
+    Args:
+        lm: the model.
+        tokens: the prompts.
+        layer: the block, 0-based.
+    """
+
+    def __init__(self, lm: LM, tokens: Tokens, layer: int) -> None:
+        entry = Site(layer=layer, kind="resid_pre")
+        acts, calls = capture_calls(lm, tokens, read=[entry])
+        self.lm, self.tokens, self.layer = lm, tokens, layer
+        self._entering = acts[entry].detach()
+        self._calls = {
+            above: {name: value for name, value in call.items() if name != "hidden_states"}
+            for above, call in calls.items()
+            if above >= layer
+        }
+
+    def logits(
+        self,
+        rows: Int[Tensor, "..."],
+        positions: Int[Tensor, "..."],
+        *,
+        write: Mapping[SiteKind, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Float[Tensor, "... d_vocab"]:
+        """The model's output at some tokens, with its graph, for gradients.
+
+        Args:
+            rows: which prompts; broadcasts with `positions`.
+            positions: which of their tokens.
+            write: by kind of site of the first of the blocks, a function applied there.
+        """
+        hidden = self._entering.clone() if self.lm.layout.in_place else self._entering
+        with torch.enable_grad():
+            for layer, call in self._calls.items():
+                written = write if layer == self.layer else None
+                hidden, _ = run_block(
+                    self.lm, layer, {**call, "hidden_states": hidden}, write=written, tokens=self.tokens
+                )
+            return lens_logits(self.lm, hidden[rows, positions], grad=True)
