@@ -20,29 +20,25 @@ def last(tokens: Tokens) -> tuple[Tensor, Tensor]:
 def test_the_upper_blocks_alone_give_the_models_logits(lm: LM) -> None:
     tokens = lm.encode(FACTS)
     whole = run(lm, tokens).logits
-    rows = torch.arange(len(tokens))
     for layer in (0, lm.n_layers // 2, lm.n_layers - 1):
         above = Above(lm, tokens, layer)
         for _ in range(2):  # the first pass leaves nothing behind that the second would meet
-            torch.testing.assert_close(above.logits(rows, tokens.last), whole[rows, tokens.last], rtol=0, atol=1e-5)
+            torch.testing.assert_close(above.logits(*last(tokens)), whole[last(tokens)], rtol=0, atol=1e-5)
 
 
 def test_gradients_of_what_is_written_are_the_whole_models(lm: LM) -> None:
     tokens = lm.encode(FACTS)
-    layer, slopes = lm.n_layers // 2, []
-    above = Above(lm, tokens, layer)
-    for way in ("whole", "above"):
-        delta = torch.full((lm.d_model,), 0.01, requires_grad=True)
-        write = {"mlp_out": lambda x, delta=delta: x + delta.to(x)}
-        if way == "above":
-            logits = above.logits(*last(tokens), write=write)
-        else:
-            sites = {Site(layer=layer, kind=kind): value for kind, value in write.items()}
-            logits = run(lm, tokens, write=sites, grad=True).logits[last(tokens)]
-        logits.log_softmax(-1)[:, 7].sum().backward()
-        slopes.append(delta.grad)
-    assert float(slopes[0].norm()) > 1e-3
-    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-5)
+    layer = lm.n_layers // 2
+    delta = torch.full((lm.d_model,), 0.01, requires_grad=True)
+
+    def add(x: Tensor) -> Tensor:
+        return x + delta.to(x)
+
+    whole = run(lm, tokens, write={Site(layer=layer, kind="mlp_out"): add}, grad=True).logits[last(tokens)]
+    above = Above(lm, tokens, layer).logits(*last(tokens), write={"mlp_out": add})
+    expected, found = (torch.autograd.grad(x.log_softmax(-1)[:, 7].sum(), [delta])[0] for x in (whole, above))
+    assert float(expected.norm()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [1, 3])

@@ -337,11 +337,18 @@ def test_a_stream_of_wise_edits_deals_facts_to_shards() -> None:
     assert memory.prompts == tuple(fact.text for fact in facts)
     assert edit.facts == tuple(facts)
     assert bool(memory.shards[0].flatten(1).any(1).all())
-    stayed = [tuple(part["edited"][0]["locality_prompts"]) for part in edit.parts]
-    assert len(set(stayed)) == len(facts)  # each fact is trained beside other prompts
     torch.testing.assert_close(memory.merged[0], ties(memory.shards[0], density=WISE.density))
     with edit.on(lm):
         assert all(p_new(lm, fact) > 0.5 for fact in facts)
+
+
+def test_each_fact_of_wise_is_trained_beside_other_prompts() -> None:
+    lm, facts = organism(), some_facts(3)
+    quick = replace(WISE, n_iter=1)
+    stayed = [tuple(one["locality_prompts"]) for one in quick(lm, facts).run["edited"]]
+    assert len({frozenset(prompts) for prompts in stayed}) == len(facts)
+    assert not {fact.text for fact in facts} & {prompt for prompts in stayed for prompt in prompts}
+    assert stayed == [tuple(one["locality_prompts"]) for one in quick(lm, facts).run["edited"]]
 
 
 def test_wise_retrieves_the_memory_that_a_prompt_moves_most() -> None:

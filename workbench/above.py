@@ -39,11 +39,11 @@ class Above:
 
     def logits(
         self,
-        rows: Int[Tensor, "..."],
-        positions: Int[Tensor, "..."],
+        rows: Int[Tensor, "*at"],
+        positions: Int[Tensor, "*at"],
         *,
         write: Mapping[SiteKind, Callable[[Tensor], Tensor]] | None = None,
-    ) -> Float[Tensor, "... d_vocab"]:
+    ) -> Float[Tensor, "*at d_vocab"]:
         """The model's output at some tokens, with its graph, for gradients.
 
         Args:

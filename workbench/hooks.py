@@ -222,7 +222,9 @@ def is_patched() -> bool:
 def has_foreign_hooks(lm: LM) -> bool:
     """Whether something else than sites is hooked to the model, which may do with an activation what it likes."""
     return bool(_besides.get()) or any(
-        not isinstance(hook, (_Tap, _SideTap)) and hook is not _inert and getattr(hook, "__module__", "") not in _READERS
+        not isinstance(hook, (_Tap, _SideTap))
+        and hook is not _inert
+        and getattr(hook, "__module__", "") not in _READERS
         for module in lm.model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )

@@ -179,9 +179,7 @@ def top_tokens(lm: LM, logits: Float[Tensor, " d_vocab"], k: int = 10) -> list[t
     return [(lm.word(int(i)), float(v)) for i, v in zip(ids, values, strict=True)]
 
 
-def lens_logits(
-    lm: LM, hidden: Float[Tensor, "... d_model"], *, grad: bool = False
-) -> Float[Tensor, "... d_vocab"]:
+def lens_logits(lm: LM, hidden: Float[Tensor, "... d_model"], *, grad: bool = False) -> Float[Tensor, "... d_vocab"]:
     """The logit lens: hidden states read by the final norm and the unembedding, as if they were the last layer's.
 
     For `attn_out` and `mlp_out`, which are additions and no states, this reads the addition alone; the norm then rescales it, so

@@ -81,9 +81,7 @@ class AnswerLoss:
         self.steps = torch.arange(len(ids), device=lm.device)
         self._above = Above(lm, tokens, layer)
 
-    def __call__(
-        self, output: Callable[[nn.Module, Tensor, Tensor, Tokens | None], Tensor]
-    ) -> Float[Tensor, " row"]:
+    def __call__(self, output: Callable[[nn.Module, Tensor, Tensor, Tokens | None], Tensor]) -> Float[Tensor, " row"]:
         """The loss of every prompt; `output` is called as a `Memory`, and gradients flow through it."""
         module = self.lm.model.get_submodule(self.path)
         rows = torch.arange(len(self.tokens), device=self.lm.device)[:, None]

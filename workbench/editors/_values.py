@@ -7,7 +7,7 @@ Meng et al. 2022 (arXiv 2202.05262), section 3.1 and appendix E; MEMIT (arXiv 22
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from workbench.hooks import beside, run
 from workbench.layouts import ModelError
 from workbench.models import LM, Tokens
 from workbench.moments import second_moments
-from workbench.sites import Site
+from workbench.sites import Site, SiteKind
 
 Place = Literal["down_out", "attn_out", "resid_post"]
 """Where a value is looked for: the output of the down projection (ROME), of attention, or of the block (MEMIT)."""
@@ -346,8 +346,8 @@ def _stream(lm: LM, fact: Fact, layer: int) -> Float[Tensor, " d_model"]:
 
 
 def _with_deltas(
-    above: Above, deltas: Mapping[Place, Tensor], rows: Int[Tensor, "..."], positions: Int[Tensor, "..."]
-) -> Float[Tensor, "... d_vocab"]:
+    above: Above, deltas: Mapping[Place, Tensor], rows: Int[Tensor, "*at"], positions: Int[Tensor, "*at"]
+) -> Float[Tensor, "*at d_vocab"]:
     """The logits at some tokens where deltas are added at the last subject token of every row."""
     where = above.tokens.at("subject_last")[..., None]
 
@@ -359,7 +359,9 @@ def _with_deltas(
         for place, delta in deltas.items()
         if place == "down_out"
     ]
-    write = {place: partial(add, delta) for place, delta in deltas.items() if place != "down_out"}
+    write: dict[SiteKind, Callable[[Tensor], Tensor]] = {
+        place: partial(add, delta) for place, delta in deltas.items() if place != "down_out"
+    }
     with beside(above.lm, sides):
         return above.logits(rows, positions, write=write)
 
