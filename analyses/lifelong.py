@@ -436,6 +436,7 @@ def edited_stream(
 ) -> Iterator[tuple[int, Edit | None, dict[str, str]]]:
     """Edits one fact after the other; gives the whole edit so far after each of some numbers of edits.
 
+    An editor that edits the facts of a batch one by one gets `SAVED_EVERY` at a time: what it does once a call is done less often.
     With a store the edit is kept at these steps and, until the next time, every `SAVED_EVERY` edits.
 
     Returns:
@@ -449,11 +450,13 @@ def edited_stream(
             edit, done = kept
             refused = dict(edit.run.get("refused", {}))
             newest = None if done == step else _folder(lm, editor, facts[:done], store)
+        waiting: list[Fact] = []
         for n in track(range(done + 1, step + 1), "edits", step - done):
-            try:
-                edit = editor(lm, [facts[n - 1]], after=edit)
-            except InputError as error:
-                refused[facts[n - 1].id] = str(error)
+            waiting.append(facts[n - 1])
+            if editor.one_by_one and n < step and n % SAVED_EVERY:
+                continue
+            edit = _gone_on(lm, editor, waiting, edit, refused)
+            waiting = []
             if store is not None and edit is not None and (n == step or n % SAVED_EVERY == 0):
                 folder = _folder(lm, editor, facts[:n], store)
                 replace(edit, run={**edit.run, "refused": refused}).save(folder)
@@ -462,6 +465,19 @@ def edited_stream(
                 newest = None if n == step else folder
         done = step
         yield step, edit, dict(refused)
+
+
+def _gone_on(lm: LM, editor: Editor, facts: Sequence[Fact], edit: Edit | None, refused: dict[str, str]) -> Edit | None:
+    """The edit with these facts too; those that the editor refuses are left out, and `refused` says why."""
+    try:
+        return editor(lm, facts, after=edit)
+    except InputError as error:
+        if len(facts) == 1:
+            refused[facts[0].id] = str(error)
+            return edit
+    for fact in facts:
+        edit = _gone_on(lm, editor, [fact], edit, refused)
+    return edit
 
 
 def _folder(lm: LM, editor: Editor, facts: Sequence[Fact], store: Store) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -39,7 +39,7 @@ class Adding(Editor):
     """Adds a rank-one change that the fact's id and the weights decide; refuses one fact."""
 
     def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
-        if facts[0].id == "fact-2":
+        if any(fact.id == "fact-2" for fact in facts):
             raise EditError("Not this one.")
         weight = lm.model.get_parameter(NAME).detach()
         generator = torch.Generator().manual_seed(int(facts[0].id.split("-")[1]))
@@ -152,6 +152,35 @@ def test_a_stopped_stream_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         assert torch.allclose(dense(edit), dense(again[n][0]), atol=1e-5)
         assert refused == again[n][1]
     assert len(list((tmp_path / "streams").iterdir())) == 2  # both checkpoints
+
+
+def test_an_editor_of_memories_gets_many_facts_at_a_time() -> None:
+    """Its stream ends as that of single edits, and a fact that it refuses is left out alone."""
+    lm, asked = tiny_lm("gpt2"), []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Filling(Adding):
+        one_by_one: ClassVar[bool] = True
+
+        def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
+            asked.append(len(facts))
+            return super().make(lm, facts, after=after)
+
+    steps = (3, len(MANY))
+    found = list(edited_stream(lm, Filling(), MANY, steps))
+    assert asked == [
+        3,
+        1,
+        1,
+        1,
+        SAVED_EVERY - 3,
+        len(MANY) - SAVED_EVERY,
+    ]  # the third is refused, so each of three alone
+    for (_, one, refused), (_, other, also) in zip(found, edited_stream(lm, Adding(), MANY, steps), strict=True):
+        assert one is not None
+        assert other is not None
+        assert [fact.id for fact in one.facts] == [fact.id for fact in other.facts]
+        assert refused == also == {"fact-2": "Not this one."}
 
 
 def test_growth_is_that_of_the_matrix() -> None:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class Editor(ABC):
     Raises:
         FactError: a field has a value that is not one of its choices, or one of another type.
     """
+
+    one_by_one: ClassVar[bool] = False
+    """Whether the facts of a batch are edited one after the other into one memory, as in so many calls with `after`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
