@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.benchmarks import locators, profile, sweep
+from tests.benchmarks import locators, profile, sweep, value_search
 from tests.benchmarks.floor import Sizes, floor_work, rome_work
 from tests.benchmarks.meters import costs_apart, flops, work
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
@@ -173,6 +173,18 @@ def test_every_method_of_a_model_is_a_line_of_the_table() -> None:
     result = CliRunner().invoke(locators.app, options, catch_exceptions=False)
     assert result.exit_code == 0
     assert result.output.splitlines()[-1].startswith("| organism-tiny | LogitLens | ")
+
+
+def test_a_step_from_the_edited_block_on_has_the_whole_models_gradient() -> None:
+    threads = str(torch.get_num_threads())
+    options = ["--shapes", "tiny", "--rounds", "1", "--threads", threads]
+    result = CliRunner().invoke(value_search.app, options, catch_exceptions=False)
+    lines = [line for line in result.output.splitlines() if line.startswith("| tiny | ")]
+    assert [line.split("|")[2].strip() for line in lines] == ["1 of 4", "2 of 4", "3 of 4"]
+    assert all(float(line.split("|")[-2]) < 1e-4 for line in lines)
+    refused = CliRunner().invoke(value_search.app, ["--shapes", "gpt5"])
+    assert refused.exit_code == 2
+    assert "gpt5 is no shape" in refused.output
 
 
 def test_work_and_memory_are_measured_in_a_process_of_its_own() -> None:
