@@ -24,7 +24,7 @@ Questions, here they are held-out facts, which share relations and templates wit
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from analyses.answers import is_said, next_tokens
 from analyses.editing import fitted_editors
 from analyses.intervals import means_by
 from workbench.charts import Chart, LinePlot
-from workbench.editors.base import Editor
+from workbench.editors.base import Editor, reserving
 from workbench.edits import Edit, EditError, LowRank
 from workbench.errors import InputError
 from workbench.facts import Fact, FactError, distinct_facts
@@ -406,7 +406,7 @@ def _of_one(
     }  # fmt: skip
     found = {n: store.find(run_, Result) if store else None for n, run_ in asked.items()}
     missing = [n for n in steps if found[n] is None]
-    made = edited_stream(lm, editor, stream, missing, store=store)
+    made = edited_stream(lm, editor, stream, missing, tested=sorted(before.answers), store=store)
     for n in steps:
         part = found[n]
         if part is None:
@@ -432,37 +432,52 @@ def _checkpoint(
 
 
 def edited_stream(
-    lm: LM, editor: Editor, facts: Sequence[Fact], steps: Sequence[int], *, store: Store | None = None
+    lm: LM,
+    editor: Editor,
+    facts: Sequence[Fact],
+    steps: Sequence[int],
+    *,
+    tested: Sequence[str] = (),
+    store: Store | None = None,
 ) -> Iterator[tuple[int, Edit | None, dict[str, str]]]:
     """Edits one fact after the other; gives the whole edit so far after each of some numbers of edits.
 
     An editor that edits the facts of a batch one by one gets `SAVED_EVERY` at a time: what it does once a call is done less often.
+    No editor learns from the prompts `tested`.
+
     With a store the edit is kept at these steps and, until the next time, every `SAVED_EVERY` edits.
 
     Returns:
         The step, the edit (None where the editor refused all facts), and by id why facts were refused.
     """
+
+    def folder(n: int) -> Path:
+        assert store is not None
+        asked = {"editor": repr(editor), "tested": list(tested)}
+        run_ = manifest(type(editor).__name__, model=lm.protocol, parameters=asked, facts=facts[:n])
+        return store.folder / "streams" / question_key(run_)
+
     edit: Edit | None = None
     refused: dict[str, str] = {}
     done, newest = 0, None
     for step in steps:
-        if store is not None and (kept := _kept_edit(lm, editor, facts, store, after=done, most=step)):
+        if store is not None and (kept := _kept_edit(lm, folder, after=done, most=step)):
             edit, done = kept
             refused = dict(edit.run.get("refused", {}))
-            newest = None if done == step else _folder(lm, editor, facts[:done], store)
+            newest = None if done == step else folder(done)
         waiting: list[Fact] = []
         for n in track(range(done + 1, step + 1), "edits", step - done):
             waiting.append(facts[n - 1])
             if editor.one_by_one and n < step and n % SAVED_EVERY:
                 continue
-            edit = _gone_on(lm, editor, waiting, edit, refused)
+            with reserving(tested):
+                edit = _gone_on(lm, editor, waiting, edit, refused)
             waiting = []
             if store is not None and edit is not None and (n == step or n % SAVED_EVERY == 0):
-                folder = _folder(lm, editor, facts[:n], store)
-                replace(edit, run={**edit.run, "refused": refused}).save(folder)
+                replace(edit, run={**edit.run, "refused": refused}).save(folder(n))
                 if newest is not None:
                     shutil.rmtree(newest, ignore_errors=True)
-                newest = None if n == step else folder
+                newest = None if n == step else folder(n)
         done = step
         yield step, edit, dict(refused)
 
@@ -480,21 +495,12 @@ def _gone_on(lm: LM, editor: Editor, facts: Sequence[Fact], edit: Edit | None, r
     return edit
 
 
-def _folder(lm: LM, editor: Editor, facts: Sequence[Fact], store: Store) -> Path:
-    """Where the edit of a stream of facts is kept."""
-    asked = manifest(type(editor).__name__, model=lm.protocol, parameters=editor, facts=facts)
-    return store.folder / "streams" / question_key(asked)
-
-
-def _kept_edit(
-    lm: LM, editor: Editor, facts: Sequence[Fact], store: Store, *, after: int, most: int
-) -> tuple[Edit, int] | None:
-    """The longest stream that is kept whole, of more than `after` and at most so many edits."""
+def _kept_edit(lm: LM, folder: Callable[[int], Path], *, after: int, most: int) -> tuple[Edit, int] | None:
+    """The longest stream that is kept whole in its folder, of more than `after` and at most so many edits."""
     for n in dict.fromkeys((most, *range(most - most % SAVED_EVERY, after, -SAVED_EVERY))):
-        folder = _folder(lm, editor, facts[:n], store)
-        if n > after and folder.is_dir():
+        if n > after and folder(n).is_dir():
             try:
-                edit = Edit.load(folder)
+                edit = Edit.load(folder(n))
                 edit.check(lm)
             except EditError:
                 continue  # damaged: made anew

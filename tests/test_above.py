@@ -63,3 +63,34 @@ def test_what_is_patched_below_counts_as_it_was_when_it_was_made() -> None:
         above, there = Above(lm, tokens, 2), run(lm, tokens).last_logits
     assert (there - run(lm, tokens).last_logits).abs().max() > 1e-3
     torch.testing.assert_close(above.logits(*last(tokens)), there, rtol=0, atol=1e-5)
+
+
+def test_a_pass_of_other_prompts_before_leaves_no_shape_behind() -> None:
+    """OPT's MLP sees the tokens of all prompts in one dimension, and learns from the pass how many prompts there are."""
+    lm = fresh_lm("opt")
+    some, others = lm.encode([EIFFEL]), lm.encode(FACTS)
+    path = f"{lm.layout.blocks}.2.{lm.layout.down_proj}"
+
+    def side(x: Tensor, y: Tensor, at: Tokens | None) -> Tensor:
+        assert at is not None
+        return y + torch.where(at.at("subject_last")[..., None], 1.0, 0.0)
+
+    with beside(lm, [(path, side)]):
+        expected = run(lm, some).last_logits
+        above = Above(lm, some, 2)
+        run(lm, others)
+        torch.testing.assert_close(above.logits(*last(some)), expected, rtol=0, atol=1e-5)
+
+
+def test_hooks_of_others_above_the_blocks_count() -> None:
+    lm = fresh_lm("gpt2")
+    tokens = lm.encode(FACTS)
+    plain = run(lm, tokens).last_logits
+
+    def halve(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output / 2
+
+    lm.final_norm.register_forward_hook(halve)
+    expected = run(lm, tokens).last_logits
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(Above(lm, tokens, 2).logits(*last(tokens)), expected, rtol=0, atol=1e-5)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.examples import EIFFEL, JOBS, tiny_lm
-from workbench.editors import edit_stream
+from tests.examples import EIFFEL, FACTS, JOBS, fresh_lm, tiny_lm
+from workbench.editors import edit_stream, reserving
 from workbench.editors.grace import Codebook, Grace
 from workbench.editors.ike import KINDS, Demonstrations, Ike, _demonstrations
 from workbench.editors.in_context import InContext, Sentences
@@ -331,7 +331,7 @@ def test_wise_answers_the_edited_prompt_from_its_side_memory(
 
 def test_a_stream_of_wise_edits_deals_facts_to_shards() -> None:
     lm, facts = organism(), some_facts(3)
-    *_, edit = edit_stream(replace(WISE, shards=3), lm, facts)
+    *_, edit = edit_stream(replace(WISE, shards=3, n_iter=70), lm, facts)
     memory = memory_of(edit)
     assert isinstance(memory, SideMemory)
     assert memory.prompts == tuple(fact.text for fact in facts)
@@ -349,6 +349,39 @@ def test_each_fact_of_wise_is_trained_beside_other_prompts() -> None:
     assert len({frozenset(prompts) for prompts in stayed}) == len(facts)
     assert not {fact.text for fact in facts} & {prompt for prompts in stayed for prompt in prompts}
     assert stayed == [tuple(one["locality_prompts"]) for one in quick(lm, facts).run["edited"]]
+
+
+@pytest.mark.parametrize(
+    "editor", [replace(GRACE, n_iter=3, init="cold"), replace(WISE, n_iter=3)], ids=["grace", "wise"]
+)
+@pytest.mark.parametrize("model", ["organism-tiny", "opt"])
+def test_a_batch_becomes_what_single_edits_make_of_it(editor: Grace | Wise, model: str) -> None:
+    assert editor.one_by_one
+    if model == "opt":
+        lm, facts = fresh_lm("opt"), [replace(fact, target_new="French") for fact in FACTS[:3]]
+        editor = replace(editor, layers=(2,))
+    else:
+        lm, facts = organism(), some_facts(3)
+    *_, single = edit_stream(editor, lm, facts)
+    batch = editor(lm, facts)
+    for name, value in vars(memory_of(single)).items():
+        other = vars(memory_of(batch))[name]
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-5)
+        else:
+            assert other == value
+
+
+def test_wise_learns_nothing_from_reserved_or_edited_prompts() -> None:
+    lm, facts = organism(), some_facts(4)
+    quick = replace(WISE, n_iter=1, n_locality=10_000)
+    first = quick(lm, facts[:3])
+    free = set(quick(lm, facts[3:], after=first).run["edited"][0]["locality_prompts"])
+    assert not free & {fact.text for fact in facts}
+    spared = sorted(free)[:5]
+    with reserving(spared):
+        learned = set(quick(lm, facts[3:], after=first).run["edited"][0]["locality_prompts"])
+    assert learned == free - set(spared)
 
 
 def test_wise_retrieves_the_memory_that_a_prompt_moves_most() -> None:

@@ -203,6 +203,9 @@ def run_block(
         reads=frozenset((layer, kind) for kind in read),
         shape=list(hidden.shape[:2]),
     )
+    for other in _plans.get():
+        if other.owner == plan.owner:  # a whole pass notes it at the embedding, which is not run here
+            other.shape[:] = plan.shape
     reset, before = _plans.set((*_plans.get(), plan)), _running.set(tokens)
     try:
         with reading(lm.model):
@@ -220,8 +223,8 @@ def is_patched() -> bool:
 
 
 def has_foreign_hooks(lm: LM) -> bool:
-    """Whether something else than sites is hooked to the model, which may do with an activation what it likes."""
-    return bool(_besides.get()) or any(
+    """Whether something else than this module is hooked to the model, which may do with an activation what it likes."""
+    return any(
         not isinstance(hook, (_Tap, _SideTap))
         and hook is not _inert
         and getattr(hook, "__module__", "") not in _READERS

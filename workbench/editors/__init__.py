@@ -1,11 +1,11 @@
 """Editors: each turns facts into an `Edit`, data that says what changes. One file a method."""
 
-from workbench.editors.base import Editor, edit_stream
+from workbench.editors.base import Editor, edit_stream, reserving
 from workbench.edits import Edit, EditError, LowRank
 from workbench.facts import FactError
 from workbench.registry import discover
 
-__all__ = ["Edit", "EditError", "Editor", "LowRank", "all_editors", "edit_stream", "editor_named"]
+__all__ = ["Edit", "EditError", "Editor", "LowRank", "all_editors", "edit_stream", "editor_named", "reserving"]
 
 
 def all_editors() -> dict[str, type[Editor]]:

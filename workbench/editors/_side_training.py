@@ -14,6 +14,7 @@ from workbench import zoo
 from workbench.above import Above
 from workbench.data import read_facts
 from workbench.editors._values import checked_layers
+from workbench.editors.base import reserved
 from workbench.edits import Edit, EditError, Memory
 from workbench.facts import Fact
 from workbench.hooks import beside, run
@@ -102,8 +103,8 @@ def other_facts(lm: LM, facts: Sequence[Fact], path: str) -> list[Fact]:
 
 
 def probed(facts: Sequence[Fact]) -> set[str]:
-    """Every prompt that facts are tested with; an editor that learned from one would know the test."""
-    return {
+    """Every prompt that facts are tested with, and those reserved; an editor that learned from one would know the test."""
+    return set(reserved()) | {
         text
         for fact in facts
         for text in (

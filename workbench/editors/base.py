@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -42,6 +43,24 @@ class Draft:
     """What it measured, for the manifest: JSON data."""
 
 
+_reserved: ContextVar[frozenset[str]] = ContextVar("workbench_reserved", default=frozenset())
+
+
+@contextmanager
+def reserving(prompts: Iterable[str]) -> Iterator[None]:
+    """Within, no editor of this thread learns from these prompts, since they are what edits will be tested with."""
+    reset = _reserved.set(_reserved.get() | frozenset(prompts))
+    try:
+        yield
+    finally:
+        _reserved.reset(reset)
+
+
+def reserved() -> frozenset[str]:
+    """The prompts that `reserving` names."""
+    return _reserved.get()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Editor(ABC):
     """An editing method. Its fields are its hyperparameters, with the paper's defaults; its repr is its label.
@@ -51,7 +70,7 @@ class Editor(ABC):
     """
 
     one_by_one: ClassVar[bool] = False
-    """Whether the facts of a batch are edited one after the other into one memory, as in so many calls with `after`."""
+    """Whether a batch of facts becomes what so many calls with `after` make of them, one after the other, in a memory."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -148,13 +148,13 @@ class Grace(Editor):
         path = f"{lm.layout.blocks}.{layer}.{getattr(lm.layout, self.module)}"
         module = lm.model.get_submodule(path)
         book = earlier(after, Codebook, path)
-        generator = torch.Generator().manual_seed(self.seed)
         told: list[dict[str, Any]] = []
         for fact in facts:
             tokens = lm.encode([fact])
             query = read_input(lm, tokens, path)[0, tokens.last[0]]
             with torch.no_grad():
                 own = module.forward(query).to(better(lm))
+            generator = torch.Generator().manual_seed(self.seed)  # as if each fact were edited by a call of its own
             start = own if self.init == "warm" else torch.rand(own.shape, generator=generator).to(own)
             ids = lm.target_ids(fact.text, fact.target_new or "")
             empty = Codebook(

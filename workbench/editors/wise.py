@@ -32,7 +32,7 @@ from typing_extensions import Self
 from workbench.editors._side_training import AnswerLoss, earlier, one_layer, other_facts, probed, read_input
 from workbench.editors._values import better, down_path, in_contexts, write_prefixes
 from workbench.editors.base import Draft, Editor
-from workbench.edits import Edit, EditError, Memory
+from workbench.edits import Edit, EditError, Memory, unedited
 from workbench.facts import Fact, FactError
 from workbench.layouts import ModelError
 from workbench.models import LM, Tokens
@@ -232,8 +232,11 @@ class Wise(Editor):
                 f"The earlier memory has {memory.shards.shape[1]} shards, this editor {self.shards}. Go on with as many."
             )
         memory = replace(memory, activation=_activation(lm) if self.activation == "code" else "")
-        prefixes = write_prefixes(lm, (self.prefix_length,) * self.n_prefixes, seed=self.seed)
-        elsewhere = self._elsewhere(lm, facts)
+        with unedited(lm):
+            prefixes = write_prefixes(lm, (self.prefix_length,) * self.n_prefixes, seed=self.seed)
+        known = (
+            list(after.facts) if after is not None else []
+        )  # fact by fact, as if each were edited by a call of its own
         told: list[dict[str, Any]] = []
         for fact in facts:
             which = memory.members[-1] if memory.members else 0
@@ -242,7 +245,8 @@ class Wise(Editor):
             if which == len(memory.shards):
                 memory = replace(memory, shards=torch.cat([memory.shards, torch.zeros_like(memory.shards[:1])]))
             own = tuple(probe.prompt for probe in (*fact.locality, *fact.neighbors))[: self.n_locality]
-            stay = own if self.locality == "given" and own else self._drawn(elsewhere, len(memory.prompts))
+            stay = own if self.locality == "given" and own else self._elsewhere(lm, fact, known)
+            known.append(fact)
             delta, steps, loss = self._trained(lm, fact, layer, memory, which, shard, prefixes, stay)
             shards = memory.shards.clone()
             shards[which, shard] = delta.to(shards)
@@ -273,17 +277,19 @@ class Wise(Editor):
             prompts=(), members=(), activation="",
         )  # fmt: skip
 
-    def _elsewhere(self, lm: LM, facts: Sequence[Fact]) -> list[str]:
-        """Prompts on other subjects, none of which the facts are tested with."""
-        found = sorted({fact.text for fact in other_facts(lm, facts, self.pool)} - probed(facts))
-        if not found:
-            raise FactError("There is no prompt on another subject. Name a file of other facts: pool=.")
-        return found
+    def _elsewhere(self, lm: LM, fact: Fact, known: Sequence[Fact]) -> tuple[str, ...]:
+        """Some prompts on other subjects: none that the fact is tested with, and none that has been edited already.
 
-    def _drawn(self, prompts: Sequence[str], edited: int) -> tuple[str, ...]:
-        """Some of them, others for every fact, so that what stays is no fixed list that a stream of edits learns by heart."""
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + edited))
-        return tuple(prompts[i] for i in order[: self.n_locality].tolist())
+        For every fact there are others, so that what stays is no fixed list that a stream of edits learns by heart.
+        """
+        edited = {text for one in known for text in (one.text, *one.paraphrases)}
+        found = sorted({one.text for one in other_facts(lm, [fact], self.pool)} - probed([fact]) - edited)
+        if not found:
+            raise FactError(
+                "There is no prompt on another subject that is neither edited nor tested. Name a file of other facts: pool=."
+            )
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + len(known)))
+        return tuple(found[i] for i in order[: self.n_locality].tolist())
 
     def _trained(
         self,
