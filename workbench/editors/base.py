@@ -48,7 +48,10 @@ _reserved: ContextVar[frozenset[str]] = ContextVar("workbench_reserved", default
 
 @contextmanager
 def reserving(prompts: Iterable[str]) -> Iterator[None]:
-    """Within, no editor of this thread learns from these prompts, since they are what edits will be tested with."""
+    """Within, editors of this thread draw none of these prompts from their pools, since edits will be tested with them.
+
+    WISE and IKE draw from pools; what MEND's network has seen stands in its manifest.
+    """
     reset = _reserved.set(_reserved.get() | frozenset(prompts))
     try:
         yield
