@@ -443,7 +443,9 @@ def edited_stream(
     """Edits one fact after the other; gives the whole edit so far after each of some numbers of edits.
 
     An editor that edits the facts of a batch one by one gets `SAVED_EVERY` at a time: what it does once a call is done less often.
-    None draws the prompts `tested` from its pool. With a store the edit is kept at these steps and, until the next time, every `SAVED_EVERY` edits.
+    None draws the prompts `tested` from its pool.
+
+    With a store the edit is kept at these steps and, until the next time, every `SAVED_EVERY` edits.
 
     Returns:
         The step, the edit (None where the editor refused all facts), and by id why facts were refused.
