@@ -40,6 +40,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.zoo.world",
     ),
     2: (
+        "workbench.above",
         "workbench.charts",
         "workbench.charts_paper",
         "workbench.charts_screen",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -160,7 +160,7 @@ def test_an_editor_of_memories_gets_many_facts_at_a_time() -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Filling(Adding):
-        one_by_one: ClassVar[bool] = True
+        one_by_one = True
 
         def make(self, lm: LM, facts: Sequence[Fact], *, after: Edit | None) -> Draft:
             asked.append(len(facts))

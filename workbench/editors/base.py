@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Editor(ABC):
         FactError: a field has a value that is not one of its choices, or one of another type.
     """
 
-    one_by_one: ClassVar[bool] = False
+    one_by_one = False
     """Whether a batch of facts becomes what so many calls with `after` make of them, one after the other, in a memory."""
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -102,7 +102,7 @@ class Grace(Editor):
     Facts of a batch are edited one after the other; `after` continues its codebook.
     """
 
-    one_by_one: ClassVar[bool] = True
+    one_by_one = True
 
     layers: tuple[int, ...] | None = None
     """The layer (0-based, one) of the codebook; None: the preset's, or that at three quarters of the depth."""

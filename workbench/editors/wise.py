@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -134,7 +134,7 @@ class Wise(Editor):
     Hyperparameters are those of its table 10. Facts are trained one after the other; `after` goes on.
     """
 
-    one_by_one: ClassVar[bool] = True
+    one_by_one = True
 
     layers: tuple[int, ...] | None = None
     """The layer (0-based, one) of the down projection; None: the preset's, or that at three quarters of the depth."""
