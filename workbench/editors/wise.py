@@ -234,11 +234,9 @@ class Wise(Editor):
         memory = replace(memory, activation=_activation(lm) if self.activation == "code" else "")
         with unedited(lm):
             prefixes = write_prefixes(lm, (self.prefix_length,) * self.n_prefixes, seed=self.seed)
-        known = (
-            list(after.facts) if after is not None else []
-        )  # fact by fact, as if each were edited by a call of its own
+        known = list(after.facts) if after is not None else []
         told: list[dict[str, Any]] = []
-        for fact in facts:
+        for fact in facts:  # nothing of a fact depends on those after it, as if each were edited by a call of its own
             which = memory.members[-1] if memory.members else 0
             which += self.retrieve and memory.members.count(which) >= self.capacity
             shard = memory.members.count(which) % self.shards
