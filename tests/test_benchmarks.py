@@ -204,5 +204,5 @@ def test_the_profile_names_every_part() -> None:
     assert set(found) == set(profile.GROUPS)
     assert whole > 0
     assert all(value > 0 for group, value in found.items() if group != "overhead")
-    assert set(ops["MLP"]) <= {"addmm", "mm", "linear"}
+    assert set(ops["MLP"]) <= {"addmm", "mm", "linear", "_linear_pointwise"}
     assert "| attention |" in profile.report(found, whole, ops)

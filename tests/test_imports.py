@@ -21,6 +21,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
         "workbench.forms",
         "workbench.guard",
         "workbench.options",
+        "workbench.products",
         "workbench.progress",
         "workbench.registry",
         "workbench.sites",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from workbench.gradients import restore_by_gradient
 from workbench.models import LM
@@ -62,7 +63,7 @@ def restore_until_sure(restore: Restore, problem: Restoration, cells: Sequence[C
     while first < n and len(left):
         some = slice(first, min(first + FIRST_SAMPLES, n))
         part = restore(_samples(problem, some), [cells[i] for i in left.tolist()])
-        scores[left, some], taken[left, some] = part.cells.cpu().double(), True
+        scores[left, some], taken[left, some] = low[some] + _effects(part), True
         first = some.stop
         effects = scores - low
         count = taken.sum(1)
@@ -75,6 +76,11 @@ def restore_until_sure(restore: Restore, problem: Restoration, cells: Sequence[C
     return Restored(
         clean=whole.clean, corrupted=low, cells=scores, engine=f"{whole.engine}, adaptive samples", taken=taken
     )
+
+
+def _effects(part: Restored) -> Tensor:
+    """Scores (cell, sample) minus those of the same walk's corrupted run, which another walk's match up to rounding only."""
+    return part.cells.cpu().double() - part.corrupted.cpu().double()
 
 
 def _samples(problem: Restoration, some: slice) -> Restoration:
@@ -125,8 +131,8 @@ def restore_screened(
     while batch:
         order = sorted(batch)
         part = restore(problem, [cells[i] for i in order])
-        engine, low = part.engine, part.corrupted.cpu().double()
-        scores[order] = part.cells.cpu().double()
+        engine = part.engine
+        scores[order] = low + _effects(part)
         done |= batch
         effects = (scores - low).mean(1)
         notable = [cells[i] for i in order if abs(float(effects[i])) > least]

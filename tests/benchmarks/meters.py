@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -11,15 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tests.benchmarks.shapes import Setup, build, pose
-from tests.benchmarks.ways import WAYS, passes
+from tests.benchmarks.ways import SWEEPS, WAYS, passes
+from workbench.products import fast_products, onednn, onednn_is_faster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +46,8 @@ def _wait(device: torch.device) -> None:
 
 def flops(call: Callable[[], Any]) -> tuple[Any, int]:
     """What a call returns, and the floating-point operations of its matrix products and attention."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    onednn_is_faster()  # is measured once, and is no part of the work
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         result = call()
     return result, counter.get_total_flops()
 
@@ -49,17 +56,32 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(sdpa_flop_count(query, key, value))
 
 
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""The one attention kernel that torch's counter does not know. Like the others it is counted without its causal mask."""
+def _linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(x) * weight[0])
 
 
-def product_rate(d_model: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a plain (1024 x d) @ (d x 4d): the median of five."""
-    a = torch.randn(1024, d_model, device=device, dtype=dtype)
-    b = torch.randn(d_model, 4 * d_model, device=device, dtype=dtype)
-    a @ b
-    taken = statistics.median(timed(lambda: a @ b, device)[1] for _ in range(5))
-    return 2 * 1024 * d_model * 4 * d_model / taken
+_UNCOUNTED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+}
+"""Kernels that torch's counter does not know. Attention is, like the others, counted without its causal mask."""
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _UNCOUNTED[torch.ops.mkldnn._linear_pointwise] = _linear_flops
+
+
+def product_rates(d_model: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a plain (1024 x d) @ (d x 4d): the median of five, by each library that the sweep may take."""
+    x = torch.randn(1024, d_model, device=device, dtype=dtype)
+    weight = torch.randn(4 * d_model, d_model, device=device, dtype=dtype)
+    ways: dict[str, Callable[[Tensor, Tensor, None], Tensor]] = {"torch's default": functional.linear}
+    if isinstance(fast_products(device, dtype), TorchFunctionMode):
+        ways["oneDNN"] = onednn
+    rates = {}
+    with torch.inference_mode():
+        for name, product in ways.items():
+            product(x, weight, None)
+            taken = statistics.median(timed(partial(product, x, weight, None), device)[1] for _ in range(5))
+            rates[name] = 2 * 1024 * d_model * 4 * d_model / taken
+    return rates
 
 
 def machine(device: str) -> str:
@@ -86,7 +108,7 @@ def costs(setup: Setup, way: str) -> dict[str, float]:
     lm = build(setup)
     problem, cells = pose(lm, setup)
     made = WAYS[way](lm, problem)
-    some = cells if way == "sweep" else cells[len(cells) // 6 :: len(cells) // 3]
+    some = cells if way in SWEEPS else cells[len(cells) // 6 :: len(cells) // 3]
     on_gpu = lm.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

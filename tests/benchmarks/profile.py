@@ -28,7 +28,7 @@ from workbench.models import LM
 
 GROUPS = ("attention", "projections", "MLP", "unembedding", "norms and elementwise", "copies", "overhead")
 
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_linear_pointwise", "einsum")
 _COPIES = (
     "cat", "stack", "copy_", "clone", "_to_copy", "index", "index_put_", "index_select", "gather", "repeat",
     "repeat_interleave", "embedding", "contiguous", "reshape", "flatten", "to",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.models import LM
+from workbench.products import fast_products
 from workbench.restoring import Cell, Restoration, restore_by_loop
 from workbench.sites import SiteKind
 from workbench.sweep import restore_by_sweep
@@ -137,13 +138,43 @@ def sweep(lm: LM, problem: Restoration) -> Way:
     return lambda cells: restore_by_sweep(lm, [problem], [cells])[0].cells
 
 
+def rome_fast_products(lm: LM, problem: Restoration) -> Way:
+    """ROME's loop with the products that the sweep takes: what is left between them is less work."""
+    loop = rome(lm, problem)
+
+    @torch.no_grad()
+    def each(cells: Sequence[Cell]) -> Tensor:
+        with fast_products(lm.device, lm.dtype):
+            return loop(cells)
+
+    return each
+
+
+def sweep_default_products(lm: LM, problem: Restoration) -> Way:
+    """The sweep with the products that torch takes by default, as the peers have them."""
+
+    def each(cells: Sequence[Cell]) -> Tensor:
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return sweep(lm, problem)(cells)
+        finally:
+            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+
+    return each
+
+
 WAYS: Mapping[str, Callable[[LM, Restoration], Way]] = {
     "rome": rome,
+    "rome_fast_products": rome_fast_products,
     "transformer_lens": transformer_lens,
     "nnsight": nnsight,
     "loop": loop,
+    "sweep_default_products": sweep_default_products,
     "sweep": sweep,
 }
+
+SWEEPS = ("sweep", "sweep_default_products")
+"""Those that compute a whole map at once, and are never timed on some cells."""
 
 
 def passes(way: str, cells: int, samples: int) -> float:

@@ -30,6 +30,7 @@ import torch
 
 from workbench.hooks import has_foreign_hooks, is_patched
 from workbench.models import LM
+from workbench.products import fast_products
 from workbench.progress import track
 from workbench.restoring import Cell, Restoration, Restored, restore_by_loop
 from workbench.sweep.blocks import no_pieces
@@ -101,7 +102,7 @@ def restore_by_sweep(
     Raises:
         InputError: not even one lane fits into the memory.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_products(lm.device, lm.dtype):
         why_not = no_pieces(lm) or _not_in_pieces(problems, cells)
         if not why_not:
             found, error, top = _restore(lm, problems, cells, memory, tolerance, InPieces)

@@ -1,0 +1,124 @@
+"""Float32 products of activations and weights by oneDNN, where that is faster than the library that torch takes for them.
+
+torch brings two libraries for CPUs, and gives float32 products to MKL. On processors of other makers than MKL's, which then leaves
+their widest instructions unused, oneDNN can be more than twice as fast. Which one is faster is measured once in a process. Both add
+up in float32; their sums differ by rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+ROWS = 8
+"""Fewer rows than these are left to torch: reading the weights is what takes time there."""
+
+GAIN = 1.2
+"""By how much oneDNN must be faster to be taken."""
+
+
+def fast_products(
+    device: torch.device, dtype: torch.dtype, *, weights_fixed: bool = False
+) -> contextlib.AbstractContextManager[object]:
+    """While this is entered, this thread's products of activations and weights are oneDNN's, where that is faster.
+
+    `torch.backends.mkldnn.enabled = False` switches it off.
+
+    Args:
+        device: where the model lies; only on a CPU is there a choice.
+        dtype: of its weights; only for float32 is there one.
+        weights_fixed: gradients are asked for, but of activations alone: none will reach the weights. Otherwise, what is computed
+            while gradients are on is left to torch.
+    """
+    allowed = bool(torch.backends.mkldnn.enabled)
+    if device.type == "cpu" and dtype == torch.float32 and allowed and onednn_is_faster():
+        return _Products(weights_fixed=weights_fixed)
+    return contextlib.nullcontext()
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is there and clearly faster on this machine, for a matrix of a million weights and 128 rows."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    with torch.inference_mode():
+        x, weight = torch.randn(128, 1024), torch.randn(1024, 1024)
+        return _least_time(lambda: functional.linear(x, weight)) > GAIN * _least_time(lambda: onednn(x, weight, None))
+
+
+def _least_time(call: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`functional.linear` by oneDNN, without gradient: x (..., in), weight (out, in), bias (out,) or None."""
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a part of a fused matrix, where oneDNN is very slow
+        weight = weight.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+class _FixedWeights(torch.autograd.Function):
+    """The same with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return onednn(gradients[0], weight.T, None), None, None
+
+
+class _Products(TorchFunctionMode):
+    """Hears every call of torch in this thread, and answers those that are products with weights."""
+
+    def __init__(self, *, weights_fixed: bool) -> None:
+        super().__init__()
+        self._weights_fixed = weights_fixed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear and len(args) == 3 and not kwargs:
+            x, weight, bias = args
+        elif func is torch.addmm and len(args) == 3 and not kwargs and args[0].dim() == 1:  # transformers' Conv1D
+            x, weight, bias = args[1], args[2].T, args[0]
+        else:
+            return func(*args, **(kwargs or {}))
+        if not _suits(x, weight, bias):
+            return func(*args)
+        if not torch.is_grad_enabled():
+            return onednn(x, weight, bias)
+        if self._weights_fixed:
+            return _FixedWeights.apply(x, weight.detach(), None if bias is None else bias.detach())  # type: ignore[no-untyped-call]
+        return func(*args)
+
+
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are plain float32 matrices on the CPU, and enough rows."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        weight.dim() == 2
+        and x.dim() >= 2
+        and x.numel() >= ROWS * x.shape[-1] > 0
+        and all(type(each) in (Tensor, nn.Parameter) for each in given)
+        and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in given)
+        and all(each.layout == torch.strided for each in given)
+    )
