@@ -29,6 +29,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.hooks import Activations, Write, run
 from workbench.models import LM
+from workbench.products import fast_products
 from workbench.progress import track
 from workbench.restoring import Cell, Restoration, Restored, part_of
 from workbench.sites import Site, SiteKind
@@ -174,7 +175,7 @@ def _gradients(
         return write
 
     writes: dict[Site, Write] = {site: meet(site) for site in sites if site != _EMBED}
-    with torch.enable_grad():  # whoever calls may have turned it off
+    with torch.enable_grad(), fast_products(lm.device, lm.dtype, weights_fixed=True):  # gradients may have been off
         logits = run(lm, tokens, write={**writes, _EMBED: embed}, grad=True).logits
         total = problem.score(problem.answer_logits(logits)).sum()
     if not total.requires_grad:

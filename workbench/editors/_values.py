@@ -29,6 +29,7 @@ from workbench.hooks import beside, run
 from workbench.layouts import ModelError
 from workbench.models import LM, Tokens
 from workbench.moments import second_moments
+from workbench.products import fast_products
 from workbench.sites import Site, SiteKind
 
 Place = Literal["down_out", "attn_out", "resid_post"]
@@ -261,7 +262,7 @@ def find_values(
     optimiser = torch.optim.Adam(list(deltas.values()), lr=options.learning_rate)
     losses, p_new = [], 0.0
     for step in range(options.steps + 1):
-        with torch.enable_grad():
+        with torch.enable_grad(), fast_products(lm.device, lm.dtype, weights_fixed=True):
             logits = _with_deltas(answering, deltas, rows, tokens.last[:, None] + steps).to(better(lm))
             log_p = logits.log_softmax(-1)[:, steps, ids].mean(1)
             loss = -log_p.mean()

@@ -36,6 +36,7 @@ from workbench.locators.tables import fact_row, site_rows
 from workbench.locators.tracing import find_answer
 from workbench.metrics import Answer
 from workbench.models import LM, Tokens
+from workbench.products import fast_products
 from workbench.progress import track
 from workbench.results import Footprint
 from workbench.sites import Site
@@ -207,7 +208,7 @@ def _layer_gradients(
     total = torch.zeros(w.shape, dtype=torch.float64)
     for some in torch.tensor(alphas, dtype=torch.float64).split(rows):
         scaled = (some.to(w)[:, None, None] * w).requires_grad_()
-        with torch.enable_grad():  # whoever calls may have turned it off
+        with torch.enable_grad(), fast_products(lm.device, lm.dtype, weights_fixed=True):  # gradients may have been off
             logits = run(lm, tokens.repeat(len(some)), write={site: scaled}, grad=True).last_logits
             p = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)[:, target].sum()
         total += torch.autograd.grad(p, scaled)[0].sum((0, 1)).cpu().double()
