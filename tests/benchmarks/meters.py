@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,6 @@ def costs(setup: Setup, way: str) -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated() if on_gpu else _peak()
     share = passes(way, len(some), setup.samples) / passes(way, len(cells), setup.samples)
     return {"flops": counted / share, "peak_mb": peak / 1e6, "before_mb": before / 1e6}
-
-
-def work(setup: Setup, way: str) -> float:
-    """FLOPs of the three maps, from runs of 1 and of 2 samples: every further sample adds as much as the second."""
-    one, two = (costs(replace(setup, samples=n), way)["flops"] for n in (1, 2))
-    return one + (setup.samples - 1) * (two - one)
 
 
 def costs_apart(setup: Setup, way: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ import torch
 import typer
 
 from tests.benchmarks.floor import Sizes, floor_work
-from tests.benchmarks.meters import costs_apart, machine, product_rates, timed, work
+from tests.benchmarks.meters import costs, costs_apart, machine, product_rates, timed
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
 from tests.benchmarks.ways import SWEEPS, WAYS, passes
 from workbench.restoring import Cell
@@ -81,7 +81,7 @@ def measure(
     """All ways on one shape, and what the sweep says of its engine."""
     cost = {}
     for way in ways:  # before a model is here: two large ones may not fit
-        cost[way] = costs_apart(setup, way) if memory else {"flops": work(setup, way)}
+        cost[way] = costs_apart(setup, way) if memory else costs(setup, way)
         log.info("%s: counted the work of %s", setup.shape, way)
     lm = build(setup)
     problem, cells = pose(lm, setup)
