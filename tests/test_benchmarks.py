@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.benchmarks import locators, profile, sweep, value_search
+from tests.benchmarks import locators, profile, shortcuts, sweep, value_search
 from tests.benchmarks.floor import Sizes, floor_work, rome_work
 from tests.benchmarks.meters import costs_apart, flops
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
@@ -194,6 +194,20 @@ def test_work_and_memory_are_measured_in_a_process_of_its_own() -> None:
     found = costs_apart(TINY, "sweep")
     assert found["flops"] == flops(lambda: made(cells))[1]
     assert 50 < found["before_mb"] <= found["peak_mb"] < 5000
+
+
+def test_screens_are_timed_against_romes_loop() -> None:
+    lines = shortcuts.measure_shape("tiny", rounds=1)
+    assert [line.split("|")[2].strip() for line in lines[1:]] == [
+        "exact",
+        "screen=0.1",
+        "screen=0.1, screen_more=False",
+    ]
+    assert lines[1].endswith("| 100% |")
+    assert 10 < int(lines[-1].split("|")[-2].strip(" %")) < 30  # the tokens before the subject are known
+    refused = CliRunner().invoke(shortcuts.app, ["--shape", "gpt5"])
+    assert refused.exit_code == 2
+    assert "gpt5" in refused.output
 
 
 def test_the_profile_names_every_part() -> None:

@@ -2,6 +2,7 @@
 
 On the bundled models, whose maps have a meaning: every shortcut against the exact map of the same facts, in the same run. Errors
 are differences of indirect effects in parts of the fact's total effect; a cell is large where its exact effect is above 5 % of it.
+On the shape of a larger model with random weights, what a screen costs against ROME's loop.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ import torch
 import typer
 
 from tests.benchmarks.meters import machine, timed
+from tests.benchmarks.shapes import SHAPES, Setup, build, pose
+from tests.benchmarks.ways import WAYS
 from workbench import zoo
 from workbench.loading import load
 from workbench.locators import AttributionPatching
 from workbench.locators.causal_trace import CausalTrace
 from workbench.locators.tracing import Tracing
+from workbench.restoring import Cell, Restoration, Restored
 from workbench.results import Footprint
+from workbench.shortcuts import restore_screened
 from workbench.sites import default_window
+from workbench.sweep import restore_by_sweep
 
 LARGE = 0.05
 """Of the total effect."""
@@ -108,23 +114,74 @@ def measure(name: str, *, facts: int, rounds: int) -> list[str]:
     return lines
 
 
+def measure_shape(shape: str, *, rounds: int) -> list[str]:
+    """The lines of a table for random weights of a shape, whose maps have no meaning: what screens cost, against ROME's loop."""
+    setup = Setup(shape=shape)
+    lm = build(setup)
+    problem, cells = pose(lm, setup)
+    loop = WAYS["rome"](lm, problem)
+    some = cells[5 :: len(cells) // 9]
+
+    def swept(problem: Restoration, cells: Sequence[Cell]) -> Restored:
+        return restore_by_sweep(lm, [problem], [cells])[0]
+
+    ways = {
+        "exact": partial(swept, problem, cells),
+        "screen=0.1": partial(restore_screened, lm, swept, problem, cells, share=0.1),
+        "screen=0.1, screen_more=False": partial(restore_screened, lm, swept, problem, cells, share=0.1, more=False),
+    }
+    loop(some[:2])
+    romes: list[float] = []
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Restored] = {}
+    for _ in range(rounds):
+        romes.append(timed(partial(loop, some), lm.device)[1] * len(cells) / len(some))
+        for name, way in ways.items():
+            found[name], seconds = timed(way, lm.device)
+            taken[name].append(seconds)
+    lines = [
+        f"| {shape} | ROME's loop, {len(some)} of {len(cells)} cells | {statistics.median(romes):.3g} | 1.0 | 100% |"
+    ]
+    for name, rounds_taken in taken.items():
+        ratio = statistics.median(a / b for a, b in zip(romes, rounds_taken, strict=True))
+        estimated = found[name].estimated
+        share = 0.0 if estimated is None else float(estimated.double().mean())
+        lines.append(f"| {shape} | {name} | {statistics.median(rounds_taken):.3g} | {ratio:.1f} | {1 - share:.0%} |")
+    return lines
+
+
+SHAPE_HEAD = """\
+| shape | way | seconds a fact | times ROME's speed | cells not estimated |
+| --- | --- | ---: | ---: | ---: |"""
+
 HEAD = """\
 | model | way | seconds a fact | times the sweep's speed | cells not estimated | max error | rms error | large cells estimated |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def main(
     models: Annotated[str, typer.Option(help="bundled models, comma-separated")] = "organism-mid,organism-llama",
     facts: Annotated[int, typer.Option(min=1, help="facts of each")] = 20,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    shape: Annotated[
+        str, typer.Option(help=f"for costs alone, one of {', '.join(SHAPES)}; empty: none")
+    ] = "gpt2-small",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     save: Annotated[Path | None, typer.Option(help="a .md file")] = None,
 ) -> None:
     """Compares the shortcuts with the exact sweep on bundled models."""
     torch.set_num_threads(threads)
+    if shape and shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r} is no shape. Use one of {', '.join(SHAPES)}.")
     lines: list[str] = [f"{machine('cpu')}; {facts} facts a model, {rounds} rounds", "", HEAD]
     for name in names(models):
         lines += measure(name, facts=facts, rounds=rounds)
+    if shape:
+        lines += ["", SHAPE_HEAD, *measure_shape(shape, rounds=rounds)]
     text = "\n".join(lines)
     typer.echo(text)
     if save is not None:
@@ -145,4 +202,4 @@ def names(models: str) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
