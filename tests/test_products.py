@@ -142,6 +142,13 @@ def test_measuring_leaves_random_numbers_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_few_numbers_of_rows_occur() -> None:
+    rounded = {n: n + products.spare_rows(n) for n in range(1, 2049)}
+    assert all(n <= more <= max(8, 1.07 * n) or more - n < 8 for n, more in rounded.items())
+    assert all(products.spare_rows(more) == 0 for more in rounded.values())
+    assert len(set(rounded.values())) < 100
+
+
 @pytest.mark.parametrize("faster", [True, False])
 def test_every_family_is_swept_exactly_with_either_library(
     lm: LM, faster: bool, calls: Any, monkeypatch: pytest.MonkeyPatch

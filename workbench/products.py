@@ -78,9 +78,9 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def spare_rows(n: int) -> int:
     """How many rows to add to n, so that few numbers of rows occur.
 
-    oneDNN compiles, and keeps, a kernel for each: half a megabyte. One of 32 is added at most, and up to the next 32.
+    oneDNN compiles, and keeps, a kernel for each: half a megabyte. Sixteen occur between a power of two and the next.
     """
-    step: int = max(32, 2 ** (n.bit_length() - 5))
+    step: int = max(8, 2 ** (n.bit_length() - 5))
     return -n % step
 
 
