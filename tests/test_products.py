@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from workbench import products
 from workbench.gradients import estimate
 from workbench.locators.causal_trace import CausalTrace
 from workbench.models import LM
-from workbench.products import fast_products, onednn
+from workbench.products import fast_products
 from workbench.restoring import restore_by_loop
 from workbench.sweep import restore_by_sweep
 
@@ -32,13 +33,14 @@ CPU = torch.device("cpu")
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Makes oneDNN the faster one; the shapes of the weights that it was given."""
     seen: list[tuple[int, ...]] = []
+    kernel = products._kernel
 
-    def noting(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def noting(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(tuple(weight.shape))
-        return onednn(x, weight, bias)
+        return kernel(rows, weight, bias)
 
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "onednn", noting)
+    monkeypatch.setattr(products, "_kernel", noting)
     return seen
 
 
@@ -71,6 +73,21 @@ def test_parts_of_a_fused_matrix_and_strided_rows(calls: list[tuple[int, ...]]) 
     torch.testing.assert_close(found.double(), x.double() @ weight[:, 40:80].double(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_product_may_be_changed_in_place(calls: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    linear, toward = nn.Linear(48, 40), torch.randn(3, 7, 40)
+    slopes: list[Tensor] = []
+    for mode in (fast_products(CPU, torch.float32, weights_fixed=True), contextlib.nullcontext()):
+        x = torch.ones(3, 7, 48, requires_grad=True)
+        with mode:
+            y = linear(x)
+            y[..., 0] = 0
+            y = functional.silu(y, inplace=True)
+        slopes += torch.autograd.grad((y * toward).sum(), [x])
+    assert calls
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
 def _few_rows(linear: nn.Linear) -> object:
     return linear(torch.randn(products.ROWS - 1, 48))
 
@@ -93,7 +110,36 @@ def _of_another_type(linear: nn.Linear) -> object:
     return functional.linear(torch.randn(20, 48), linear.weight.detach().as_subclass(_Own), None)
 
 
-@pytest.mark.parametrize("call", [_few_rows, _float64, _weights_learn, _of_another_type])
+def _strided_bias(linear: nn.Linear) -> object:
+    return functional.linear(torch.randn(20, 48), linear.weight, torch.randn(80)[::2])
+
+
+def _bias_of_rows(linear: nn.Linear) -> object:
+    return functional.linear(torch.randn(20, 48), linear.weight, torch.randn(20, 40))
+
+
+def _bias_of_one(linear: nn.Linear) -> object:
+    return torch.addmm(torch.randn(1), torch.randn(20, 48), linear.weight.T)
+
+
+def _autocast(linear: nn.Linear) -> object:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(20, 48)).dtype == torch.bfloat16
+    return True
+
+
+def _wrong_width(linear: nn.Linear) -> object:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(torch.randn(20, 47))
+    return True
+
+
+ELSE = [
+    _few_rows, _float64, _weights_learn, _of_another_type, _strided_bias, _bias_of_rows, _bias_of_one, _autocast, _wrong_width
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ELSE)
 def test_everything_else_is_left_to_torch(call: Callable[[nn.Linear], object], calls: list[tuple[int, ...]]) -> None:
     with torch.no_grad(), fast_products(CPU, torch.float32):
         assert call(nn.Linear(48, 40)) is not None
@@ -147,6 +193,10 @@ def test_few_numbers_of_rows_occur() -> None:
     assert all(n <= more <= max(8, 1.07 * n) or more - n < 8 for n, more in rounded.items())
     assert all(products.spare_rows(more) == 0 for more in rounded.values())
     assert len(set(rounded.values())) < 100
+    assert products.spare_rows_here(11) == 0
+    with products._Products(weights_fixed=False), products._Products(weights_fixed=False):
+        assert products.spare_rows_here(11) == 5
+    assert products.spare_rows_here(11) == 0
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -154,11 +154,12 @@ def sweep_default_products(lm: LM, problem: Restoration) -> Way:
     """The sweep with the products that torch takes by default, as the peers have them."""
 
     def each(cells: Sequence[Cell]) -> Tensor:
+        enabled = bool(torch.backends.mkldnn.enabled)
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         try:
             return sweep(lm, problem)(cells)
         finally:
-            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
 
     return each
 

@@ -230,7 +230,7 @@ class Pieces:
         """What the MLP adds to the residual, from the residual that it reads."""
         h = self.norm(x) if self._shared_norm else x if self._mlp_norm is None else self._mlp_norm(x)
         if self._tanh_gelu and self._mlp_in is not None:
-            k = torch.ops.aten.gelu_(self._mlp_in(h), approximate="tanh")  # one pass instead of six
+            k = functional.gelu(self._mlp_in(h), approximate="tanh")  # one pass instead of six
             added: Tensor = self._mlp_out(k)
         else:
             added = self._mlp(h)

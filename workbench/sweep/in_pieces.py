@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.models import LM
-from workbench.products import spare_rows
+from workbench.products import spare_rows_here
 from workbench.sites import Site, SiteKind
 from workbench.sweep.blocks import Pieces, Rotation
 from workbench.sweep.engine import Engine, chunks
@@ -257,11 +257,10 @@ def _difference(above: Tensor, model: Tensor, below: Tensor) -> Tensor:
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:
-    """One after the other, and after them some of zeros where products on a CPU are quicker for it."""
-    n, like = sum(map(len, rows)), rows[0]
-    if like.device.type == "cpu" and (spare := spare_rows(n)):
-        return torch.cat([*rows, like.new_zeros(spare, *like.shape[1:])])
-    return torch.cat(list(rows))
+    """One after the other, and after them as many rows of zeros as products would add."""
+    if spare := spare_rows_here(sum(map(len, rows))):
+        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])])
+    return torch.cat(list(rows)) if len(rows) > 1 else rows[0]
 
 
 def _added(
@@ -285,5 +284,6 @@ def _added(
     added = torch.empty_like(rows[:, :1]).expand(-1, values[0].shape[-1]).clone()
     if n := len(computed):
         added[computed] = function(_joined([rows[computed]]))[:n]
+    added[sum(sizes) :] = 0  # what was joined for products alone
     added[torch.cat(pinned)] = torch.cat(values).to(added.dtype)
     return added
