@@ -9,7 +9,7 @@ import torch
 
 from tests.examples import EIFFEL, SAO_PAULO, ZURICH, tiny_lm
 from workbench.hooks import run
-from workbench.metrics import SCORES, Answer, lens_logits, score, top_tokens
+from workbench.metrics import SCORES, Answer, ScoreKind, lens_logits, score, score_answer, top_tokens
 from workbench.models import LM, Tokens
 
 
@@ -37,6 +37,14 @@ def test_every_score_of_one_token_has_its_closed_form() -> None:
     assert value("logit_diff") == pytest.approx(math.log(2 / 5))
     assert value("rank") == 1
     assert value("kl") == pytest.approx(sum(math.log((1 / 3) / (odds / 8)) / 3 for odds in (1, 2, 5)))
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_a_score_holds_on_to_none_of_the_logits(kind: ScoreKind) -> None:
+    """A map keeps one a cell: thousands of views of the vocabulary's probabilities would be gigabytes."""
+    answer = Answer(text=" a", ids=(3,), foil_id=5)
+    found = score_answer(kind, torch.randn(4, 1, 100), answer, clean=torch.randn(100))
+    assert found.untyped_storage().nbytes() == 4 * found.element_size()
 
 
 def test_the_most_probable_token_has_rank_0_and_the_least_probable_the_last() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +31,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN"
 )
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -188,17 +193,6 @@ def test_measuring_leaves_random_numbers_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_few_numbers_of_rows_occur() -> None:
-    rounded = {n: n + products.spare_rows(n) for n in range(1, 2049)}
-    assert all(n <= more <= max(8, 1.07 * n) or more - n < 8 for n, more in rounded.items())
-    assert all(products.spare_rows(more) == 0 for more in rounded.values())
-    assert len(set(rounded.values())) < 100
-    assert products.spare_rows_here(11) == 0
-    with products._Products(weights_fixed=False), products._Products(weights_fixed=False):
-        assert products.spare_rows_here(11) == 5
-    assert products.spare_rows_here(11) == 0
-
-
 @pytest.mark.parametrize("faster", [True, False])
 def test_every_family_is_swept_exactly_with_either_library(
     lm: LM, faster: bool, calls: Any, monkeypatch: pytest.MonkeyPatch
@@ -221,3 +215,28 @@ def test_estimates_are_the_same_with_either_library(family: str, calls: Any, mon
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     slow = estimate(lm, made.problem, made.cells, at="middle")
     torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-6)
+
+
+_TWICE = """
+import torch
+from workbench.products import onednn
+with torch.inference_mode():
+    for rows in [*range(100, 120), *range(100, 120)]:
+        onednn(torch.ones(rows, 32), torch.ones(64, 32), None)
+"""
+
+
+@pytest.mark.parametrize(("kept", "compiled"), [(None, 40), ("100", 20)])
+def test_few_kernels_are_kept_unless_the_user_says_otherwise(kept: str | None, compiled: int) -> None:
+    """Twenty numbers of rows, twice: oneDNN's own log tells how often it compiled."""
+    own = {key: value for key, value in os.environ.items() if key != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    asked = {} if kept is None else {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept}
+    done = subprocess.run(
+        [sys.executable, "-c", _TWICE],
+        env={**own, **asked, "ONEDNN_VERBOSE": "2"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("create:cache_miss") == compiled

@@ -125,7 +125,7 @@ def score_answer(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     last, first = logits[:, 0], answer.ids[0]
     if kind == "p":
-        return last.softmax(-1)[:, first]
+        return last.softmax(-1)[:, first].clone()  # a view would keep the probabilities of the whole vocabulary
     if kind == "rank":
         return (last > last[:, [first]]).sum(-1).to(last.dtype)
     if kind == "logit_diff":

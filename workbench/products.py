@@ -8,9 +8,9 @@ up in float32 (unless `torch.set_float32_matmul_precision` says less, to both); 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+# oneDNN compiles a kernel for each number of rows and shape of weights, in a quarter of a millisecond, and would keep 1,024 of
+# them, which with the holes between them are some 100 MB more. A layer needs few at a time. Read when oneDNN is first used.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 ROWS = 8
 """Fewer rows than these are left to torch: reading the weights is what takes time there."""
@@ -69,14 +73,11 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a part of a fused matrix, where oneDNN is very slow
         weight = weight.contiguous()
     rows = x.reshape(-1, x.shape[-1])
-    n = len(rows)
-    if spare := spare_rows(n):
-        rows = functional.pad(rows, (0, 0, 0, spare))
     if torch.is_grad_enabled():
         product: Tensor = _FixedWeights.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     else:
         product = _kernel(rows, weight, bias)
-    return product[:n].reshape(*x.shape[:-1], -1)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def _kernel(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,40 +100,12 @@ class _FixedWeights(torch.autograd.Function):
         return _kernel(gradients[0], weight.T, None), None, None
 
 
-def spare_rows(n: int) -> int:
-    """How many rows to add to n, so that few numbers of rows occur.
-
-    oneDNN compiles, and keeps, a kernel for each number of rows and shape of weights, some 0.6 MB. Of numbers above 128, sixteen
-    occur between a power of two and the next, and below them multiples of 8.
-    """
-    step: int = max(8, 2 ** (n.bit_length() - 5))
-    return -n % step
-
-
-_entered: ContextVar[bool] = ContextVar("workbench_fast_products", default=False)
-
-
-def spare_rows_here(n: int) -> int:
-    """The same while this thread's products are oneDNN's, else none: for whoever can add them without a copy."""
-    return spare_rows(n) if _entered.get() else 0
-
-
 class _Products(TorchFunctionMode):
     """Hears every call of torch in this thread, and answers those that are products with weights."""
 
     def __init__(self, *, weights_fixed: bool) -> None:
         super().__init__()
         self._weights_fixed = weights_fixed
-        self._tokens: list[Token[bool]] = []
-
-    def __enter__(self) -> _Products:
-        self._tokens.append(_entered.set(True))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _entered.reset(self._tokens.pop())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -220,7 +220,7 @@ def _first(output: Any) -> Any:
 
 
 def _probability(logits: Tensor, answer: int) -> Tensor:
-    return logits[:, -1].float().softmax(-1)[:, answer]
+    return logits[:, -1].float().softmax(-1)[:, answer].clone()
 
 
 def _each(one: Callable[[Cell], Tensor]) -> Way:
