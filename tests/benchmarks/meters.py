@@ -100,15 +100,16 @@ def machine(device: str) -> str:
 # --- work and memory of one way ---
 
 
-def costs(setup: Setup, way: str) -> dict[str, float]:
+def costs(setup: Setup, way: str, *, whole: bool = False) -> dict[str, float]:
     """FLOPs of the three maps; MB at most in use by this process while they are computed, and MB before that.
 
-    The sweep runs whole; the others, which keep nothing from one cell to the next, on a cell of each map.
+    The sweep runs whole; the others, which keep nothing from one cell to the next, on a cell of each map, unless `whole`: their
+    memory still grows a little in the course of a map, from the holes that allocating leaves.
     """
     lm = build(setup)
     problem, cells = pose(lm, setup)
     made = WAYS[way](lm, problem)
-    some = cells if way in SWEEPS else cells[len(cells) // 6 :: len(cells) // 3]
+    some = cells if whole or way in SWEEPS else cells[len(cells) // 6 :: len(cells) // 3]
     on_gpu = lm.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -121,9 +122,9 @@ def costs(setup: Setup, way: str) -> dict[str, float]:
     return {"flops": counted / share, "peak_mb": peak / 1e6, "before_mb": before / 1e6}
 
 
-def costs_apart(setup: Setup, way: str) -> dict[str, float]:
+def costs_apart(setup: Setup, way: str, *, whole: bool = False) -> dict[str, float]:
     """The same in a fresh process, so that its memory is that of this way alone."""
-    question = json.dumps({"way": way, "threads": torch.get_num_threads(), "setup": asdict(setup)})
+    question = json.dumps({"way": way, "whole": whole, "threads": torch.get_num_threads(), "setup": asdict(setup)})
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.meters", question]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -154,7 +155,7 @@ def _peak() -> int:
 def _answer(question: Mapping[str, Any]) -> dict[str, float]:
     torch.set_num_threads(question["threads"])
     given = question["setup"]
-    return costs(Setup(**{**given, "subject": tuple(given["subject"])}), question["way"])
+    return costs(Setup(**{**given, "subject": tuple(given["subject"])}), question["way"], whole=question["whole"])
 
 
 if __name__ == "__main__":

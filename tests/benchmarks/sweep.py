@@ -76,12 +76,12 @@ class Row:
 
 
 def measure(
-    setup: Setup, *, ways: Sequence[str], rounds: int, some: int, full: bool, memory: bool
+    setup: Setup, *, ways: Sequence[str], rounds: int, some: int, full: bool, memory: bool, whole: bool = False
 ) -> tuple[list[Row], str]:
     """All ways on one shape, and what the sweep says of its engine."""
     cost = {}
     for way in ways:  # before a model is here: two large ones may not fit
-        cost[way] = costs_apart(setup, way) if memory else costs(setup, way)
+        cost[way] = costs_apart(setup, way, whole=whole and way == "rome") if memory else costs(setup, way)
         log.info("%s: counted the work of %s", setup.shape, way)
     lm = build(setup)
     problem, cells = pose(lm, setup)
@@ -196,11 +196,12 @@ def _line(cells: Sequence[str]) -> str:
 NOTES = """
 Seconds for the three maps of one fact: the median of the rounds (and their range). Ratios are medians of the ratios within a round.
 Where not all cells were timed, seconds and FLOPs are those of the timed ones times the number of cells. Peak: all memory of a
-process that only does this (on a GPU: allocated by torch), the extra is without weights, libraries and what is kept of the clean
-run. FLOPs are counted by torch.utils.flop_counter; the floor is the least work that gives these maps (tests/benchmarks/floor.py).
-The matmul rate is that of a plain (1024 x d) @ (d x 4d) in the same rounds, by the fastest library. Max diff.: largest difference
-of a probability from ROME's. The peers compute products as torch does by default, and so does sweep_default_products; the sweep
-takes oneDNN where that is faster (workbench/products.py), and so does rome_fast_products.
+process that only does this (on a GPU: allocated by torch), the sweep's for all cells and the peers' for one of each map, with
+--whole ROME's for all too; the extra is without weights, libraries and what is kept of the clean run. FLOPs are counted by
+torch.utils.flop_counter; the floor is the least work that gives these maps (tests/benchmarks/floor.py). The matmul rate is that of
+a plain (1024 x d) @ (d x 4d) in the same rounds, by the fastest library. Max diff.: largest difference of a probability from
+ROME's. The peers compute products as torch does by default, and so does sweep_default_products; the sweep takes oneDNN where that
+is faster (workbench/products.py), and so does rome_fast_products.
 """.strip()
 
 
@@ -264,6 +265,7 @@ def main(
     cells: Annotated[int, typer.Option(help="cells of the peers to time", min=1)] = 9,
     full: Annotated[bool, typer.Option("--full", help="time all of them")] = False,
     memory: Annotated[bool, typer.Option(help="measure memory too, each way in a process of its own")] = True,
+    whole: Annotated[bool, typer.Option("--whole", help="the memory of ROME's loop: over all its cells")] = False,
     device: str = "cpu",
     dtype: str = "float32",
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -294,7 +296,9 @@ def main(
     engines: dict[str, str] = {}
     for shape in chosen:
         setup = Setup(shape=shape, tokens=tokens, subject=span, samples=samples, device=device, dtype=dtype)
-        new, engines[shape] = measure(setup, ways=ways, rounds=rounds, some=cells, full=full, memory=memory)
+        new, engines[shape] = measure(
+            setup, ways=ways, rounds=rounds, some=cells, full=full, memory=memory, whole=whole
+        )
         rows += new
         for path in save_to or ():  # after each shape: the next one may take long
             save(path, rows, engines, about)
