@@ -135,6 +135,16 @@ def test_folders_that_cannot_be_made_are_told_before_any_work(tmp_path: Path, mo
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("method", [name for name, editor in all_editors().items() if editor.beside_weights])
+def test_what_stands_beside_the_weights_is_not_merged_and_that_is_told_first(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench.loading.load", None)
+    ran = call("edit", method, "--model", TINY, "--fact", FACT.id, "--out", tmp_path / "a", "--merge", tmp_path / "b")
+    assert ran.exit_code == 2, ran.output
+    assert "Leave out --merge" in ran.output
+
+
 def test_analyses_are_listed_and_run_on_facts_of_a_file(tmp_path: Path) -> None:
     printed = call("analyses").output
     assert all(name in printed for name in all_analyses())

@@ -94,6 +94,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return which
 
 
+def test_an_editor_says_whether_its_edits_stand_beside_the_weights(name: str) -> None:
+    edit = edited(name, "gpt2")
+    assert EDITORS[name].beside_weights == bool(edit.sides) == (not edit.changes)
+
+
 def test_the_registry_finds_the_editors() -> None:
     assert "Rome" in EDITORS
     assert list(EDITORS) == sorted(EDITORS)

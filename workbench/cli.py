@@ -222,11 +222,13 @@ def edit_facts(
 ) -> None:
     """Edits facts, shows what the model says before and after, and writes the edit. Facts as for `locate`."""
     with one_sentence():
-        from workbench.editors import editor_named
+        from workbench.editors import EditError, editor_named
 
         editor = editor_named(method)
         options = read_settings(editor, settings)
         editor(**options)
+        if merge is not None and editor.beside_weights:
+            raise EditError(f"What {method} adds stands beside the weights, which cannot hold it. Leave out --merge.")
         check_new_folders([out] if merge is None else [out, merge])
         chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
         chosen = [dataclasses.replace(one, target_new=target) for one in chosen] if target else chosen

@@ -72,6 +72,9 @@ class Editor(ABC):
         FactError: a field has a value that is not one of its choices, or one of another type.
     """
 
+    beside_weights = False
+    """Whether the edit stands beside the weights, which then stay as they are."""
+
     one_by_one = False
     """Whether a batch of facts becomes what so many calls with `after` make of them, one after the other, in a memory."""
 

@@ -102,6 +102,7 @@ class Grace(Editor):
     Facts of a batch are edited one after the other; `after` continues its codebook.
     """
 
+    beside_weights = True
     one_by_one = True
 
     layers: tuple[int, ...] | None = None

@@ -81,6 +81,8 @@ class Ike(Editor):
     The demonstrations are chosen when the edit is made; `after` adds its facts before these.
     """
 
+    beside_weights = True
+
     k: int = 16
     """How many demonstrations stand before a prompt; fewer where the model has too few positions, which the manifest tells."""
 

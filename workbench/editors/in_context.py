@@ -43,6 +43,8 @@ class InContext(Editor):
     Later facts come after earlier ones.
     """
 
+    beside_weights = True
+
     template: str = "Imagine that {prompt} {target}."
     """What is put before prompts; {prompt} stands for the fact's prompt, {target} for the new answer."""
 

@@ -134,6 +134,7 @@ class Wise(Editor):
     Hyperparameters are those of its table 10. Facts are trained one after the other; `after` goes on.
     """
 
+    beside_weights = True
     one_by_one = True
 
     layers: tuple[int, ...] | None = None
