@@ -145,6 +145,16 @@ def test_what_stands_beside_the_weights_is_not_merged_and_that_is_told_first(
     assert "Leave out --merge" in ran.output
 
 
+def test_an_unknown_editor_of_an_analysis_is_told_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench.loading.load", None)
+    for editors, says in (("Rome,Foo", "No editor is called 'Foo'"), ("Rome(x=3)", "Rome has no option x")):
+        ran = call("run", "weight_change", "--model", TINY, "--set", f"editors={editors}", "--out", tmp_path / "out")
+        assert ran.exit_code == 2, ran.output
+        assert says in ran.output
+
+
 def test_analyses_are_listed_and_run_on_facts_of_a_file(tmp_path: Path) -> None:
     printed = call("analyses").output
     assert all(name in printed for name in all_analyses())
