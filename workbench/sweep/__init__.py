@@ -86,7 +86,8 @@ def restore_by_sweep(
 ) -> list[Restored]:
     """The scores of every cell of every problem for every noise sample, as `restore_by_loop` gives them.
 
-    Where the model does something that a sweep does not foresee, the plain loop is taken; `engine` says so.
+    For what is `sweepable`; `restore` looks. Where the model does something that a sweep does not foresee, the plain loop is taken;
+    `engine` says so.
 
     Several problems, of any lengths, go up together; what comes out for one does not depend on the others.
 
