@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.benchmarks import locators, profile, shortcuts, sweep, value_search
 from tests.benchmarks.floor import Sizes, floor_work, rome_work
-from tests.benchmarks.meters import costs_apart, flops
+from tests.benchmarks.meters import costs, costs_apart, flops
 from tests.benchmarks.shapes import SHAPES, Setup, build, pose
 from tests.benchmarks.ways import WAYS
 from tests.examples import fresh_lm
@@ -194,6 +194,12 @@ def test_work_and_memory_are_measured_in_a_process_of_its_own() -> None:
     found = costs_apart(TINY, "sweep")
     assert found["flops"] == flops(lambda: made(cells))[1]
     assert 50 < found["before_mb"] <= found["peak_mb"] < 5000
+
+
+def test_the_work_of_a_whole_loop_is_that_of_its_cells_times_their_number() -> None:
+    some, whole = costs(TINY, "rome"), costs(TINY, "rome", whole=True)
+    assert whole["flops"] == some["flops"]
+    assert whole["peak_mb"] >= whole["before_mb"] > 0
 
 
 def test_screens_are_timed_against_romes_loop() -> None:
