@@ -375,11 +375,13 @@ def run_analysis(
     """
     with one_sentence():
         from analyses.catalogue import analysis_named
-        from analyses.editing import fitted_editors
 
         check_writable(out)
         options, formats = read_form(name, analysis_named(name).form, settings), read_formats(figures)
-        fitted_editors(None, options.get("editors", ()))
+        if "editors" in options:
+            from analyses.editing import fitted_editors
+
+            fitted_editors(None, options["editors"])
         if prompt or fact or facts or every > 1:
             chosen = choose_facts(model, prompt, subject, answer, fact, facts, every=every, limit=limit)
         else:
