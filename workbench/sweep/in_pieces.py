@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.models import LM
+from workbench.products import spare_rows_here
 from workbench.sites import Site, SiteKind
 from workbench.sweep.blocks import Pieces, Rotation
 from workbench.sweep.engine import Engine, chunks
@@ -128,15 +129,16 @@ class InPieces(Engine):
         """Some lanes, all of them fresh or none, through a block."""
         pieces, last = self.pieces[layer], layer + 1 == self.lm.n_layers
         parts = [_Part.of(list(mine), self.notes, last) for _, mine in groupby(lanes, key=lambda lane: lane.group)]
-        x = torch.cat([lane.state[:, -part.queries :].flatten(0, 1) for part in parts for lane in part.lanes])
+        x = _joined([lane.state[:, -part.queries :].flatten(0, 1) for part in parts for lane in part.lanes])
         heads = self._known(pieces, parts) if lanes[0].fresh else self._projected(pieces, parts, x)
-        z = torch.cat([part.attend(pieces, *each).flatten(0, 1) for part, each in zip(parts, heads, strict=True)])
+        z = _joined([part.attend(pieces, *each).flatten(0, 1) for part, each in zip(parts, heads, strict=True)])
         attn = _added(pieces.out, z, self._pins("attn_out", layer, parts))
         mid = x + attn
         read = x if pieces.parallel else mid
         del heads, z, attn, x  # their memory serves the MLP
-        mlp = _added(pieces.mlp, read, self._pins("mlp_out", layer, parts))
-        above = iter((mid + mlp).split([part.queries * part.samples for part in parts for _ in part.lanes]))
+        sizes = [part.queries * part.samples for part in parts for _ in part.lanes]
+        added = _added(pieces.mlp, read, self._pins("mlp_out", layer, parts))
+        above = iter((mid + added)[: sum(sizes)].split(sizes))
         for part in parts:
             for lane in part.lanes:
                 lane.keep(next(above).unflatten(0, (part.samples, -1)))
@@ -147,9 +149,10 @@ class InPieces(Engine):
             q, k, v = pieces.qkv(pieces.norm(x))
         else:
             q = pieces.q(pieces.norm(x))
-            whole = torch.cat([lane.state.flatten(0, 1) for part in parts for lane in part.lanes])
+            whole = _joined([lane.state.flatten(0, 1) for part in parts for lane in part.lanes])
             k, v = pieces.kv(pieces.norm(whole))
         queries, keys = [part.rows * part.queries for part in parts], [part.rows * part.carried for part in parts]
+        q, k, v = q[: sum(queries)], k[: sum(keys)], v[: sum(keys)]
         for part, *each in zip(parts, q.split(queries), k.split(keys), v.split(keys), strict=True):
             mine = [rows.unflatten(0, (part.rows, -1)) for rows in each]
             yield part.turned(pieces, *mine)
@@ -158,8 +161,9 @@ class InPieces(Engine):
         """The same of lanes that differ from the corrupted run at most in their first token: the rest is noted already."""
         changed = [part for part in parts if not part.group.clean_prefix]
         first = [lane.state[:, 0] for part in changed for lane in part.lanes]
-        projected = pieces.qkv(pieces.norm(torch.cat(first))) if first else ()
-        each = [rows[:, None].split([part.rows for part in changed]) for rows in projected]
+        projected = pieces.qkv(pieces.norm(_joined(first))) if first else ()
+        sizes = [part.rows for part in changed]
+        each = [rows[: sum(sizes), None].split(sizes) for rows in projected]
         own = {part: mine for part, *mine in zip(changed, *each, strict=True)}
         for part in parts:
             notes, group = part.notes, part.group
@@ -252,13 +256,21 @@ def _difference(above: Tensor, model: Tensor, below: Tensor) -> Tensor:
     return worst
 
 
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """One after the other, and after them as many rows of zeros as products would add."""
+    if spare := spare_rows_here(sum(map(len, rows))):
+        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])])
+    return torch.cat(list(rows)) if len(rows) > 1 else rows[0]
+
+
 def _added(
     function: Callable[[Tensor], Tensor], rows: Tensor, pins: Sequence[tuple[int, _Part, Tensor | None]]
 ) -> Tensor:
     """What a sublayer adds: `function` of the rows; at a lane's first token, where something is pinned, that instead."""
     if all(value is None for _, _, value in pins):
         return function(rows)
-    each = torch.arange(len(rows), device=rows.device).split([part.samples * n for n, part, _ in pins])
+    sizes = [part.samples * n for n, part, _ in pins]
+    each = torch.arange(sum(sizes), device=rows.device).split(sizes)
     kept, pinned, values = [], [], []
     for (n, part, value), mine in zip(pins, each, strict=True):
         if value is None:
@@ -270,7 +282,8 @@ def _added(
             values.append(value.expand(part.samples, -1))
     computed = torch.cat(kept)
     added = torch.empty_like(rows[:, :1]).expand(-1, values[0].shape[-1]).clone()
-    if len(computed):
-        added[computed] = function(rows[computed])
+    if n := len(computed):
+        added[computed] = function(_joined([rows[computed]]))[:n]
+    added[sum(sizes) :] = 0  # what was joined for products alone
     added[torch.cat(pinned)] = torch.cat(values).to(added.dtype)
     return added
