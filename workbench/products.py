@@ -8,7 +8,6 @@ up in float32 (unless `torch.set_float32_matmul_precision` says less, to both); 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
@@ -19,9 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-# How many compiled kernels oneDNN keeps, instead of 1,024 (see `spare_rows`). Read when oneDNN is first used.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 ROWS = 8
 """Fewer rows than these are left to torch: reading the weights is what takes time there."""
@@ -106,8 +102,8 @@ class _FixedWeights(torch.autograd.Function):
 def spare_rows(n: int) -> int:
     """How many rows to add to n, so that few numbers of rows occur.
 
-    oneDNN compiles, and keeps, a kernel for each number of rows and shape of weights: a quarter of a millisecond, and 0.6 MB. Of
-    numbers above 128, sixteen occur between a power of two and the next, and below them multiples of 8.
+    oneDNN compiles, and keeps, a kernel for each number of rows and shape of weights, some 0.6 MB. Of numbers above 128, sixteen
+    occur between a power of two and the next, and below them multiples of 8.
     """
     step: int = max(8, 2 ** (n.bit_length() - 5))
     return -n % step
