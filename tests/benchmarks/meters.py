@@ -103,8 +103,8 @@ def machine(device: str) -> str:
 def costs(setup: Setup, way: str, *, whole: bool = False) -> dict[str, float]:
     """FLOPs of the three maps; MB at most in use by this process while they are computed, and MB before that.
 
-    The sweep runs whole; the others, which keep nothing from one cell to the next, on a cell of each map, unless `whole`: their
-    memory still grows a little in the course of a map, from the holes that allocating leaves.
+    The sweep runs whole; the others, which keep nothing from one cell to the next, on a cell of each map, unless `whole`: a
+    process still grows in the course of a map, by the holes that allocating leaves.
     """
     lm = build(setup)
     problem, cells = pose(lm, setup)
